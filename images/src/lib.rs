@@ -1,0 +1,1 @@
+//! Images: definitions, builder, import, store.

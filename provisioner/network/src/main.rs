@@ -1,0 +1,2 @@
+//! The lab-net command.
+fn main() {}

@@ -1,0 +1,4 @@
+//! lab-vmm: one process is one virtual machine.
+
+pub mod config;
+pub mod control;

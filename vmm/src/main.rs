@@ -1,0 +1,2 @@
+//! The lab-vmm command.
+fn main() {}
