@@ -1,0 +1,2 @@
+//! The labfile.
+pub mod topology;
