@@ -1,0 +1,198 @@
+//! Packages out of Debian's archive, downloaded and unpacked without installing anything: `mmdebstrap` sets up an apt
+//! of its own for any suite (its default mirror and keyring, rootless where needed), which then only downloads.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::command;
+
+/// Where Debian's keys are expected.
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// Downloads each package named on the command line into /debs. A kernel's metapackage (linux-image-cloud-amd64)
+/// stands for the one that it depends on.
+const DOWNLOAD: &str = include_str!("download.sh");
+
+/// Why a package could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A program of the host is missing or failed.
+    #[error(transparent)]
+    Command(#[from] command::Error),
+    /// The archive's keys are not installed.
+    #[error("{KEYRING} is missing; install it: apt install debian-archive-keyring")]
+    NoKeyring,
+    /// The installed keys do not know the suite.
+    #[error(
+        "the installed Debian keys do not know the suite {0}; update them: apt update && apt install debian-archive-keyring"
+    )]
+    OldKeyring(String),
+    /// A name that cannot be a package's or a suite's.
+    #[error("{0:?} is not a name of a Debian package or suite")]
+    BadName(String),
+    /// The download ended without this package.
+    #[error("the package {package} was not found in Debian's {suite}")]
+    NotFound {
+        /// The package.
+        package: String,
+        /// The suite.
+        suite: String,
+    },
+    /// The host refused to read or write a file.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+/// A package and its version.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Package {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+}
+
+/// A downloaded package.
+#[derive(Debug, Clone)]
+pub struct Deb {
+    /// Which package it is.
+    pub package: Package,
+    /// The .deb file.
+    pub path: PathBuf,
+}
+
+impl Deb {
+    /// Unpack the package's files below `folder`.
+    pub fn unpack(&self, folder: &Path) -> Result<(), Error> {
+        command::run(Command::new("dpkg-deb").arg("-x").arg(&self.path).arg(folder))?;
+        Ok(())
+    }
+}
+
+/// Download packages of a suite (`trixie`) into the existing folder `dest`, in the order of `packages`.
+pub fn download(suite: &str, packages: &[&str], dest: &Path) -> Result<Vec<Deb>, Error> {
+    check_names(packages.iter().copied().chain([suite]))?;
+    let dest =
+        fs::canonicalize(dest).map_err(|source| Error::Io { action: "open", path: dest.into(), source })?;
+    let script = format!("set -- \"$1\" {}\n{DOWNLOAD}", packages.join(" "));
+    let mut mmdebstrap = mmdebstrap(suite)?;
+    mmdebstrap.args(["--variant=custom", "--format=null"]);
+    mmdebstrap.arg(format!("--customize-hook={script}"));
+    mmdebstrap.arg(format!("--customize-hook=sync-out /debs {}", quote(&dest.to_string_lossy())));
+    mmdebstrap.args([suite, "/dev/null"]);
+    run_mmdebstrap(&mut mmdebstrap, suite)?;
+    packages.iter().enumerate().map(|(index, package)| find(suite, package, &dest, index)).collect()
+}
+
+/// The package that was downloaded as the `index`th.
+fn find(suite: &str, package: &str, dest: &Path, index: usize) -> Result<Deb, Error> {
+    let folder = dest.join(index.to_string());
+    let entries =
+        fs::read_dir(&folder).map_err(|source| Error::Io { action: "open", path: folder.clone(), source })?;
+    let path = entries
+        .filter_map(Result::ok)
+        .map(|entry| entry.path())
+        .find(|path| path.extension().is_some_and(|e| e == "deb"));
+    let Some(path) = path else {
+        return Err(Error::NotFound { package: package.into(), suite: suite.into() });
+    };
+    let shown = command::run(
+        Command::new("dpkg-deb").args(["--show", "--showformat=${Package}\t${Version}"]).arg(&path),
+    )?;
+    let shown = String::from_utf8_lossy(&shown).into_owned();
+    let (name, version) = shown.split_once('\t').unwrap_or((shown.as_str(), ""));
+    Ok(Deb { package: Package { name: name.into(), version: version.into() }, path })
+}
+
+/// `mmdebstrap` with what all uses of it share: rootless unless we are root, temporary files in `/var/tmp` (`/tmp` is
+/// often memory), default mirror and keyring.
+pub(crate) fn mmdebstrap(suite: &str) -> Result<Command, Error> {
+    check_names([suite])?;
+    if !Path::new(KEYRING).exists() {
+        return Err(Error::NoKeyring);
+    }
+    let mut command = Command::new("mmdebstrap");
+    command.arg(if rustix::process::geteuid().is_root() { "--mode=root" } else { "--mode=unshare" });
+    if std::env::var_os("TMPDIR").is_none() {
+        command.env("TMPDIR", "/var/tmp");
+    }
+    command.env("LC_ALL", "C.UTF-8").arg("--quiet");
+    Ok(command)
+}
+
+/// Run `mmdebstrap` and explain its most common failure.
+pub(crate) fn run_mmdebstrap(mmdebstrap: &mut Command, suite: &str) -> Result<Vec<u8>, Error> {
+    command::run(mmdebstrap).map_err(|error| explain(error, suite))
+}
+
+/// Say what to do where `mmdebstrap`'s own message does not.
+pub(crate) fn explain(error: command::Error, suite: &str) -> Error {
+    match error {
+        command::Error::Failed { output, .. } if output.contains("NO_PUBKEY") => {
+            Error::OldKeyring(suite.into())
+        }
+        error => error.into(),
+    }
+}
+
+/// Refuse what is no name of a package or a suite: it becomes part of a command.
+pub(crate) fn check_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Result<(), Error> {
+    let good = |name: &str| {
+        name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+            && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c))
+    };
+    match names.into_iter().find(|name| !good(name)) {
+        Some(name) => Err(Error::BadName(name.into())),
+        None => Ok(()),
+    }
+}
+
+/// A word of a shell command.
+pub(crate) fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_cannot_carry_commands() {
+        assert!(check_names(["trixie", "libstdc++6", "linux-image-6.12.1-cloud-amd64"]).is_ok());
+        for bad in ["", "-o", "a b", "a;b", "$(x)", "A", "a/b"] {
+            let error = check_names([bad]).unwrap_err();
+            assert_eq!(error.to_string(), format!("{bad:?} is not a name of a Debian package or suite"));
+        }
+    }
+
+    #[test]
+    fn an_old_keyring_is_explained() {
+        let failed = command::Error::Failed {
+            program: "mmdebstrap".into(),
+            status: "exit status: 1".into(),
+            output: "W: GPG error: NO_PUBKEY 6ED0E7B82643E131".into(),
+        };
+        let text = explain(failed, "trixie").to_string();
+        assert!(text.contains("apt install debian-archive-keyring"), "{text}");
+    }
+
+    #[test]
+    fn quoted_words_come_back() {
+        let word = "it's a $HOME";
+        let out =
+            command::run(Command::new("sh").args(["-c", &format!("printf %s {}", quote(word))])).unwrap();
+        assert_eq!(out, word.as_bytes());
+    }
+}

@@ -1,0 +1,100 @@
+//! Programs of the host: run them, and say what to install when one is missing.
+
+use std::{
+    ffi::OsStr,
+    io,
+    process::{Command, Output},
+};
+
+/// Why a program of the host failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It is not installed.
+    #[error("{program} is missing; install it: apt install {package}")]
+    Missing {
+        /// The program.
+        program: String,
+        /// Debian's package that brings it.
+        package: &'static str,
+    },
+    /// It could not be started.
+    #[error("cannot start {program}: {source}")]
+    Start {
+        /// The program.
+        program: String,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// It failed.
+    #[error("{program} failed ({status}):\n{output}")]
+    Failed {
+        /// The program.
+        program: String,
+        /// Its exit status or signal.
+        status: String,
+        /// The end of what it wrote to standard error.
+        output: String,
+    },
+}
+
+/// Run a program to its end and return what it wrote to standard output.
+pub(crate) fn run(command: &mut Command) -> Result<Vec<u8>, Error> {
+    let output = command.output().map_err(|source| start_error(command.get_program(), source))?;
+    check(command.get_program(), output)
+}
+
+/// The error for a program that could not be started.
+pub(crate) fn start_error(program: &OsStr, source: io::Error) -> Error {
+    let program = program.to_string_lossy().into_owned();
+    match (source.kind(), package(&program)) {
+        (io::ErrorKind::NotFound, Some(package)) => Error::Missing { program, package },
+        _ => Error::Start { program, source },
+    }
+}
+
+/// Standard output of a program that succeeded, or the error that tells how it failed.
+pub(crate) fn check(program: &OsStr, output: Output) -> Result<Vec<u8>, Error> {
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let program = program.to_string_lossy().into_owned();
+    Err(Error::Failed { program, status: output.status.to_string(), output: last_lines(&output.stderr) })
+}
+
+/// The last 20 lines of a program's output.
+pub(crate) fn last_lines(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+/// Debian's package for each program that is used here.
+fn package(program: &str) -> Option<&'static str> {
+    Some(match program {
+        "mmdebstrap" => "mmdebstrap debian-archive-keyring",
+        "mke2fs" => "e2fsprogs",
+        "dpkg-deb" => "dpkg",
+        "tar" => "tar",
+        "unshare" => "util-linux",
+        "newuidmap" => "uidmap",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_program_names_its_package() {
+        let error = start_error(OsStr::new("mke2fs"), io::ErrorKind::NotFound.into());
+        assert_eq!(error.to_string(), "mke2fs is missing; install it: apt install e2fsprogs");
+    }
+
+    #[test]
+    fn a_failing_program_is_quoted() {
+        let error = run(Command::new("sh").args(["-c", "echo too bad >&2; exit 3"])).unwrap_err();
+        assert_eq!(error.to_string(), "sh failed (exit status: 3):\ntoo bad");
+        assert_eq!(run(Command::new("echo").arg("hello")).unwrap(), b"hello\n");
+    }
+}
