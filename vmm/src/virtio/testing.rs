@@ -1,0 +1,460 @@
+//! A driver for tests: rings in real guest memory, an interrupt that can be waited for, and one that misbehaves.
+//!
+//! virtio-queue's `MockSplitQueue` serves for single chains (see `queue`'s tests); its rings overlap and do not
+//! wrap around, so data is moved with the rings made here.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Condvar, Mutex, MutexGuard},
+    time::{Duration, Instant},
+};
+
+use proptest::prelude::*;
+use virtio_bindings::virtio_ring;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::{
+    epoll::EventSet,
+    eventfd::{EFD_NONBLOCK, EventFd},
+};
+
+use super::{
+    Activation, Interrupt,
+    worker::{BACK_END, Handler, Poll},
+};
+
+/// Guest memory: 32 MiB, the second half behind a hole, so that addresses can be wrong in more ways.
+const HALF: usize = 16 << 20;
+const SECOND: u64 = 64 << 20;
+/// Where the rings of queue `q` are: at `(q + 1) * RINGS`.
+const RINGS: u64 = 0x10000;
+const AVAIL: u64 = 0x4000;
+const USED: u64 = 0x8000;
+/// Where buffers are.
+const BUFFERS: std::ops::Range<u64> = 1 << 20..HALF as u64;
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+const NEXT: u16 = virtio_ring::VRING_DESC_F_NEXT as u16;
+const WRITE: u16 = virtio_ring::VRING_DESC_F_WRITE as u16;
+const INDIRECT: u16 = virtio_ring::VRING_DESC_F_INDIRECT as u16;
+
+/// What a device told its driver.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    /// Interrupts of each queue.
+    pub queues: HashMap<u16, u64>,
+    /// Configuration interrupts.
+    pub config: u64,
+    /// DEVICE_NEEDS_RESET.
+    pub needs_reset: bool,
+}
+
+/// Interrupts that can be waited for.
+#[derive(Debug, Default)]
+pub(crate) struct Recorder {
+    told: Mutex<Told>,
+    news: Condvar,
+}
+
+impl Recorder {
+    /// Waits until `enough` says so; fails the test after a while.
+    pub fn wait(&self, what: &str, mut enough: impl FnMut(&Told) -> bool) {
+        let end = Instant::now() + LIMIT;
+        let mut told = self.told.lock().unwrap();
+        while !enough(&told) {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "waited in vain for {what}; last seen: {told:?}");
+            told = self.news.wait_timeout(told, left).unwrap().0;
+        }
+    }
+
+    pub fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap()
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Told)) {
+        change(&mut self.told.lock().unwrap());
+        self.news.notify_all();
+    }
+}
+
+impl Interrupt for Recorder {
+    fn signal_queue(&self, queue: u16) {
+        self.tell(|told| *told.queues.entry(queue).or_default() += 1);
+    }
+
+    fn signal_config(&self) {
+        self.tell(|told| told.config += 1);
+    }
+
+    fn needs_reset(&self) {
+        self.tell(|told| told.needs_reset = true);
+    }
+}
+
+struct Ring {
+    base: u64,
+    size: u16,
+    bell: EventFd,
+    free: Vec<u16>,
+    avail: u16,
+    used: u16,
+    /// What was sent and has not come back: descriptors and writable buffers, by head.
+    sent: HashMap<u16, (Vec<u16>, Vec<(u64, usize)>)>,
+}
+
+/// A driver of one device.
+pub(crate) struct Driver {
+    pub memory: GuestMemoryMmap,
+    pub interrupt: Arc<Recorder>,
+    rings: Vec<Ring>,
+    next_buffer: u64,
+    event_idx: bool,
+    indirect: bool,
+    /// Times that a doorbell was rung.
+    pub rung: u64,
+}
+
+impl Driver {
+    pub fn new(queue_sizes: &[u16]) -> Self {
+        let memory =
+            GuestMemoryMmap::from_ranges(&[(GuestAddress(0), HALF), (GuestAddress(SECOND), HALF)]).unwrap();
+        let rings = (1u64..)
+            .zip(queue_sizes)
+            .map(|(number, size)| Ring {
+                base: number * RINGS,
+                size: *size,
+                bell: EventFd::new(EFD_NONBLOCK).unwrap(),
+                free: (0..*size).rev().collect(),
+                avail: 0,
+                used: 0,
+                sent: HashMap::new(),
+            })
+            .collect();
+        Self {
+            memory,
+            interrupt: Arc::new(Recorder::default()),
+            rings,
+            next_buffer: BUFFERS.start,
+            event_idx: false,
+            indirect: false,
+            rung: 0,
+        }
+    }
+
+    /// What the transport gives a device; `features` are those that were negotiated.
+    pub fn activation(&mut self, features: u64) -> Activation {
+        self.event_idx = features & 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX != 0;
+        let queues = self
+            .rings
+            .iter()
+            .map(|ring| {
+                let mut queue = Queue::new(ring.size).unwrap();
+                queue.set_desc_table_address(Some(ring.base as u32), Some(0));
+                queue.set_avail_ring_address(Some((ring.base + AVAIL) as u32), Some(0));
+                queue.set_used_ring_address(Some((ring.base + USED) as u32), Some(0));
+                queue.set_ready(true);
+                (queue, ring.bell.try_clone().unwrap())
+            })
+            .collect();
+        Activation { memory: self.memory.clone(), features, queues, interrupt: self.interrupt.clone() }
+    }
+
+    /// Sends chains through indirect descriptor tables from now on.
+    pub fn use_indirect(&mut self) {
+        self.indirect = true;
+    }
+
+    /// A place for `length` bytes; places are used again after 15 MiB.
+    pub fn place(&mut self, length: usize) -> u64 {
+        if self.next_buffer + length as u64 > BUFFERS.end {
+            self.next_buffer = BUFFERS.start;
+        }
+        let place = self.next_buffer;
+        self.next_buffer += length as u64;
+        place
+    }
+
+    fn describe(&self, table: u64, index: u16, address: u64, length: usize, flags: u16, next: u16) {
+        let mut descriptor = [0; 16];
+        descriptor[..8].copy_from_slice(&address.to_le_bytes());
+        descriptor[8..12].copy_from_slice(&(length as u32).to_le_bytes());
+        descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+        descriptor[14..].copy_from_slice(&next.to_le_bytes());
+        self.memory.write_slice(&descriptor, GuestAddress(table + u64::from(index) * 16)).unwrap();
+    }
+
+    /// Sends a chain: what the device reads, and how long the buffers are that it writes. Returns its head.
+    pub fn send(&mut self, queue: u16, readable: &[&[u8]], writable: &[usize]) -> u16 {
+        let mut buffers = Vec::new();
+        for data in readable {
+            let place = self.place(data.len());
+            self.memory.write_slice(data, GuestAddress(place)).unwrap();
+            buffers.push((place, data.len(), 0));
+        }
+        for length in writable {
+            buffers.push((self.place(*length), *length, WRITE));
+        }
+        self.send_buffers(queue, &buffers)
+    }
+
+    fn send_buffers(&mut self, queue: u16, buffers: &[(u64, usize, u16)]) -> u16 {
+        let last = buffers.len() - 1;
+        let indirect = self.indirect.then(|| self.place(buffers.len() * 16));
+        let ring = &mut self.rings[usize::from(queue)];
+        let base = ring.base;
+        let own: Vec<u16> = (0..if indirect.is_some() { 1 } else { buffers.len() })
+            .map(|_| ring.free.pop().expect("the ring is full"))
+            .collect();
+        let head = own[0];
+        let writable = buffers.iter().filter(|b| b.2 & WRITE != 0).map(|b| (b.0, b.1)).collect();
+        for (i, (address, length, flags)) in buffers.iter().enumerate() {
+            let flags = flags | if i < last { NEXT } else { 0 };
+            match indirect {
+                Some(table) => self.describe(table, i as u16, *address, *length, flags, i as u16 + 1),
+                None => self.describe(
+                    base,
+                    own[i],
+                    *address,
+                    *length,
+                    flags,
+                    own.get(i + 1).copied().unwrap_or_default(),
+                ),
+            }
+        }
+        if let Some(table) = indirect {
+            self.describe(base, head, table, buffers.len() * 16, INDIRECT, 0);
+        }
+        self.rings[usize::from(queue)].sent.insert(head, (own, writable));
+        self.offer(queue, head);
+        head
+    }
+
+    /// Puts `head` into the available ring and rings the bell if the device wants that.
+    fn offer(&mut self, queue: u16, head: u16) {
+        let ring = &mut self.rings[usize::from(queue)];
+        let (avail, used) = (ring.base + AVAIL, ring.base + USED);
+        let slot = avail + 4 + 2 * u64::from(ring.avail % ring.size);
+        self.memory.write_obj(head, GuestAddress(slot)).unwrap();
+        ring.avail = ring.avail.wrapping_add(1);
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        self.memory.store(ring.avail, GuestAddress(avail + 2), std::sync::atomic::Ordering::Release).unwrap();
+        std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+        let wanted = if self.event_idx {
+            let event: u16 = self.memory.read_obj(GuestAddress(used + 4 + 8 * u64::from(ring.size))).unwrap();
+            // virtio 1.3 §2.7.10: one chain was added, so only this index can be the awaited one.
+            event == ring.avail.wrapping_sub(1)
+        } else {
+            let flags: u16 = self.memory.read_obj(GuestAddress(used)).unwrap();
+            flags & 1 == 0
+        };
+        if wanted {
+            self.rung += 1;
+            ring.bell.write(1).unwrap();
+        }
+    }
+
+    /// The next used buffer, if there is one: its head and what was written.
+    pub fn used(&mut self, queue: u16) -> Option<(u16, Vec<u8>)> {
+        let ring = &mut self.rings[usize::from(queue)];
+        let used = ring.base + USED;
+        let index: u16 =
+            self.memory.load(GuestAddress(used + 2), std::sync::atomic::Ordering::Acquire).unwrap();
+        if index == ring.used {
+            // Ask for an interrupt with the next one.
+            let event = ring.base + AVAIL + 4 + 2 * u64::from(ring.size);
+            self.memory.write_obj(ring.used, GuestAddress(event)).unwrap();
+            std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+            let index: u16 =
+                self.memory.load(GuestAddress(used + 2), std::sync::atomic::Ordering::Acquire).unwrap();
+            if index == ring.used {
+                return None;
+            }
+        }
+        let slot = GuestAddress(used + 4 + 8 * u64::from(ring.used % ring.size));
+        let [head, length]: [u32; 2] = self.memory.read_obj(slot).unwrap();
+        ring.used = ring.used.wrapping_add(1);
+        let (own, writable) =
+            ring.sent.remove(&(head as u16)).unwrap_or_else(|| panic!("{head} came back, but was not sent"));
+        ring.free.extend(own);
+        let mut left = length as usize;
+        let mut written = Vec::new();
+        for (address, size) in writable {
+            let mut part = vec![0; size.min(left)];
+            self.memory.read_slice(&mut part, GuestAddress(address)).unwrap();
+            left -= part.len();
+            written.extend(part);
+        }
+        assert_eq!(left, 0, "the device says it wrote more than it was given");
+        Some((head as u16, written))
+    }
+
+    /// Waits for a used buffer and returns what was written to it.
+    pub fn wait(&mut self, queue: u16) -> Vec<u8> {
+        self.wait_head(queue).1
+    }
+
+    /// Waits for a used buffer.
+    pub fn wait_head(&mut self, queue: u16) -> (u16, Vec<u8>) {
+        loop {
+            let before = self.interrupt.told().queues.get(&queue).copied().unwrap_or_default();
+            if let Some(used) = self.used(queue) {
+                return used;
+            }
+            self.interrupt.wait(&format!("a used buffer of queue {queue}"), |told| {
+                assert!(!told.needs_reset, "the device needs a reset");
+                told.queues.get(&queue).copied().unwrap_or_default() != before
+            });
+        }
+    }
+
+    /// Buffers of a queue that are with the device.
+    pub fn outstanding(&self, queue: u16) -> usize {
+        self.rings[usize::from(queue)].sent.len()
+    }
+
+    /// Rings the bell of `queue` although nothing asks for it.
+    pub fn ring(&self, queue: u16) {
+        self.rings[usize::from(queue)].bell.write(1).unwrap();
+    }
+
+    /// Puts what `case` holds into every queue and lets the handler work on it, here, without a thread: it must come
+    /// back, with a fault or without, and not panic.
+    pub fn attack(&mut self, case: &Hostile, mut handler: impl Handler) {
+        for (ring, attack) in self.rings.iter().zip(&case.queues) {
+            for (index, descriptor) in attack.descriptors.iter().enumerate() {
+                let (address, length, flags, next) = *descriptor;
+                if index < usize::from(ring.size) {
+                    self.describe(ring.base, index as u16, address, length as usize, flags, next);
+                }
+            }
+            for (index, head) in attack.heads.iter().enumerate() {
+                let slot = ring.base + AVAIL + 4 + 2 * (index as u64 % u64::from(ring.size));
+                self.memory.write_obj(*head, GuestAddress(slot)).unwrap();
+            }
+            self.memory.write_obj(attack.avail, GuestAddress(ring.base + AVAIL + 2)).unwrap();
+        }
+        for (address, bytes) in &case.memory {
+            self.memory.write_slice(bytes, GuestAddress(*address)).unwrap();
+        }
+        let poll = Poll::for_tests();
+        let mut outcome = handler.start(&poll);
+        for token in case.bells.iter().copied() {
+            if outcome.is_err() {
+                break;
+            }
+            outcome = handler.ready(token, EventSet::IN, &poll);
+        }
+    }
+}
+
+/// What a hostile driver puts into memory, and when it rings.
+#[derive(Debug, Clone)]
+pub(crate) struct Hostile {
+    queues: Vec<HostileQueue>,
+    memory: Vec<(u64, Vec<u8>)>,
+    bells: Vec<u64>,
+    features: u64,
+}
+
+#[derive(Debug, Clone)]
+struct HostileQueue {
+    descriptors: Vec<(u64, u32, u16, u16)>,
+    heads: Vec<u16>,
+    avail: u16,
+}
+
+impl Hostile {
+    /// Feature bits that were negotiated, any at all.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+}
+
+/// Places where buffers can be, and where they can't.
+fn address() -> impl Strategy<Value = u64> {
+    prop_oneof![
+        6 => 0x10_0000u64..0x10_4000,
+        // The rings themselves.
+        2 => 0u64..4 * RINGS,
+        2 => (HALF as u64 - 64)..(HALF as u64 + 64),
+        1 => SECOND - 64..SECOND + 64,
+        1 => any::<u64>(),
+        1 => u64::MAX - 64..u64::MAX,
+    ]
+}
+
+fn length() -> impl Strategy<Value = u32> {
+    prop_oneof![
+        2 => 0u32..80,
+        4 => prop_oneof![Just(1u32), Just(12), Just(16), Just(44), Just(512), Just(4096), Just(65562)],
+        1 => 0u32..0x20000,
+        1 => any::<u32>(),
+    ]
+}
+
+/// Bytes that look like the headers of requests now and then.
+fn content() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..128),
+        prop::collection::vec(0u8..16, 0..128),
+        // A block request: type, reserved, sector.
+        (0u32..16, any::<u64>()).prop_map(|(kind, sector)| {
+            let mut bytes = kind.to_le_bytes().to_vec();
+            bytes.extend([0; 4]);
+            bytes.extend((sector % 70000).to_le_bytes());
+            bytes
+        }),
+        // A vsock packet from the guest (CID 3) to the host.
+        (0u32..3, 0u32..3, any::<u32>(), 0u16..9, any::<u32>(), any::<[u32; 2]>()).prop_map(
+            |(from, to, length, operation, flags, credit)| {
+                let mut bytes = 3u64.to_le_bytes().to_vec();
+                bytes.extend(2u64.to_le_bytes());
+                bytes.extend(from.to_le_bytes());
+                bytes.extend(to.to_le_bytes());
+                bytes.extend((length % 6000).to_le_bytes());
+                bytes.extend(1u16.to_le_bytes());
+                bytes.extend(operation.to_le_bytes());
+                bytes.extend((flags % 5).to_le_bytes());
+                bytes.extend(credit[0].to_le_bytes());
+                bytes.extend((credit[1] % 10000).to_le_bytes());
+                bytes
+            }
+        ),
+        // An indirect table.
+        prop::collection::vec((address(), length(), 0u16..8, 0u16..8), 1..6).prop_map(|descriptors| {
+            descriptors
+                .iter()
+                .flat_map(|(address, length, flags, next)| {
+                    let mut bytes = address.to_le_bytes().to_vec();
+                    bytes.extend(length.to_le_bytes());
+                    bytes.extend(flags.to_le_bytes());
+                    bytes.extend(next.to_le_bytes());
+                    bytes
+                })
+                .collect()
+        }),
+    ]
+}
+
+/// Random rings and memory for a device of `queues` queues. PROPTEST_CASES sets how many are tried.
+pub(crate) fn hostile(queues: usize) -> impl Strategy<Value = Hostile> {
+    let queue = (
+        prop::collection::vec(
+            (address(), length(), 0u16..8, prop_oneof![8 => 0u16..8, 1 => any::<u16>()]),
+            8,
+        ),
+        prop::collection::vec(prop_oneof![8 => 0u16..8, 1 => any::<u16>()], 8),
+        prop_oneof![8 => 0u16..9, 1 => any::<u16>()],
+    )
+        .prop_map(|(descriptors, heads, avail)| HostileQueue { descriptors, heads, avail });
+    let bell = prop_oneof![4 => 0..queues as u64, 2 => BACK_END..BACK_END + 4];
+    (
+        prop::collection::vec(queue, queues),
+        prop::collection::vec((0x10_0000u64..0x10_4000, content()), 0..24),
+        prop::collection::vec(bell, 1..12),
+        any::<u64>(),
+    )
+        .prop_map(|(queues, memory, bells, features)| Hostile { queues, memory, bells, features })
+}
