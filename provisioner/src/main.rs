@@ -1,2 +1,60 @@
 //! The lab command.
-fn main() {}
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser};
+use lab::{
+    cli::{Cli, Command},
+    commands::{self, Context, Error},
+    host,
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("lab: {error}");
+            ExitCode::from(error.status())
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Error> {
+    let context = Context::new(&cli)?;
+    if let Some(need) = host_need(&cli.command)
+        && let Some(status) = host::carry(&context, &cli, need)?
+    {
+        return Ok(status);
+    }
+    let context = &context;
+    match cli.command {
+        Command::Init { from, list } => commands::init::init(context, &from, list),
+        Command::Validate => commands::init::validate(context),
+        Command::Plan => commands::plan::run(context),
+        Command::Up => commands::up::run(context),
+        Command::Status => commands::status::run(context),
+        Command::Ls => commands::status::ls(context),
+        Command::Ssh { node, command } => commands::ssh::ssh(context, node.as_deref(), &command),
+        Command::Exec { node, command } => commands::ssh::exec(context, &node, &command),
+        Command::Cp { from, to } => commands::cp::run(context, &from, &to),
+        Command::Logs { node, vmm, follow } => commands::logs::run(context, &node, vmm, follow),
+        Command::Console { node } => commands::console::run(context, node.as_deref()),
+        Command::Provision { nodes, step } => commands::provision::run(context, &nodes, step.as_deref()),
+        Command::Check { name } => commands::check::run(context, name.as_deref()),
+        Command::Halt { nodes, force } => commands::halt::halt(context, &nodes, force),
+        Command::Restart { nodes, force } => commands::halt::restart(context, &nodes, force),
+        Command::Destroy { nodes, yes } => commands::destroy::run(context, &nodes, yes),
+        Command::Forward { action } => commands::forward::run(context, action),
+        Command::SshConfig => commands::ssh::config(context),
+        Command::Image { action } => commands::image::run(context, action),
+        Command::Host { action } => commands::host::run(context, action),
+        Command::Doctor => commands::host::doctor(context),
+        Command::Schema => commands::init::schema(),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "lab", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Proxy { lab, node } => commands::ssh::proxy(context, &lab, &node),
+    }
+}

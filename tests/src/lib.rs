@@ -1,1 +1,154 @@
-//! The harness that the end-to-end tests share.
+//! The harness that the end-to-end tests share: labs of their own, driven by the real `lab` command, on this machine's
+//! KVM where that works and in the emulated host otherwise. The choice is lab's own.
+//!
+//! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a harness fails by panicking")]
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+/// A lab that a test made, removed with the value.
+pub struct TestLab {
+    dir: tempfile::TempDir,
+    file: PathBuf,
+}
+
+impl TestLab {
+    /// A lab from a labfile's text, in a folder of its own.
+    pub fn new(text: &str) -> Self {
+        // Not in /tmp: the emulated host has one of its own.
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let file = dir.path().join("lab.toml");
+        std::fs::write(&file, text).unwrap();
+        Self { dir, file }
+    }
+
+    /// A lab from a labfile of the repository, under a name of its own and with another port for `forward`.
+    pub fn example(name: &str, change: impl FnOnce(String) -> String) -> Self {
+        let path = repository().join("labfiles").join(name);
+        Self::new(&change(std::fs::read_to_string(path).unwrap()))
+    }
+
+    /// The folder of its labfile.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Changes the labfile.
+    pub fn rewrite(&self, text: &str) {
+        std::fs::write(&self.file, text).unwrap();
+    }
+
+    /// A `lab` command for this lab.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program());
+        command.arg("-f").arg(&self.file).args(arguments).current_dir(self.dir.path());
+        command
+    }
+
+    /// Runs a `lab` command; panics with all that it said unless it succeeds. Returns its standard output.
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let output = output(self.command(arguments), b"");
+        let said = text(&output);
+        assert!(output.status.success(), "lab {arguments:?}: {}\n{said}", output.status);
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a `lab` command that must fail with this exit status; returns what it said on standard error.
+    pub fn fails(&self, status: i32, arguments: &[&str]) -> String {
+        let output = output(self.command(arguments), b"");
+        assert_eq!(output.status.code(), Some(status), "lab {arguments:?}\n{}", text(&output));
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert!(!error.contains("panicked"), "{error}");
+        error
+    }
+
+    /// Runs a shell command in a node, with `input`; returns status and standard output.
+    pub fn shell(&self, node: &str, script: &str, input: &[u8]) -> (Option<i32>, String) {
+        let output = output(self.command(&["exec", node, "sh", "-c", script]), input);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// What `lab status` tells, as JSON.
+    pub fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&self.run(&["status", "-o", "json"])).unwrap()
+    }
+
+    /// State of a node: `absent`, `stopped`, `running`.
+    pub fn state_of(&self, node: &str) -> String {
+        let status = self.status();
+        let nodes = status["nodes"].as_array().unwrap();
+        let node = nodes.iter().find(|entry| entry["name"] == node).unwrap();
+        node["state"].as_str().unwrap().into()
+    }
+}
+
+impl Drop for TestLab {
+    fn drop(&mut self) {
+        let output = output(self.command(&["destroy", "--yes"]), b"");
+        if !output.status.success() && !std::thread::panicking() {
+            panic!("lab destroy: {}\n{}", output.status, text(&output));
+        }
+    }
+}
+
+/// The repository.
+pub fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().into()
+}
+
+/// The `lab` that was built in the same profile as this test.
+pub fn program() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().unwrap().parent().unwrap().join("lab");
+    assert!(program.exists(), "{} is missing: build the workspace first", program.display());
+    program
+}
+
+/// Runs a command with input to its end, which must come within an hour.
+pub fn output(mut command: Command, input: &[u8]) -> Output {
+    let started = Instant::now();
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = input.to_vec();
+    std::thread::spawn(move || drop(stdin.write_all(&input)));
+    let output = child.wait_with_output().unwrap();
+    eprintln!("    {command:?}: {} after {:.1} s", output.status, started.elapsed().as_secs_f64());
+    output
+}
+
+/// All that a command said.
+pub fn text(output: &Output) -> String {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    format!("--- standard output\n{out}\n--- standard error\n{err}")
+}
+
+/// A port of this machine that nobody listens on.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Fetches a page over HTTP/1.0; waits up to a minute for somebody to answer.
+pub fn http_get(port: u16, path: &str) -> String {
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        let answer = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
+            stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+            stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: lab\r\n\r\n").as_bytes())?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer)?;
+            Ok(answer)
+        });
+        match answer {
+            Ok(answer) if !answer.is_empty() => return answer,
+            other => assert!(Instant::now() < end, "no answer from port {port}: {other:?}"),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

@@ -1,0 +1,182 @@
+//! A node's machine: a `lab-vmm` with its disks and its card in the lab's network.
+
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use lab_vmm::config::{ConsoleConfig, DiskConfig, NetConfig, VmConfig, VsockConfig};
+
+use super::{Action, Error, disk, ready};
+use crate::{
+    channel, child, control, json_file, lab,
+    lab::Lab,
+    labfile::topology::Node,
+    progress::Task,
+    state::{self, NodeState},
+};
+
+/// Port where systemd in a guest reports to `lab-vmm`.
+const NOTIFY_PORT: u32 = 9091;
+/// Context id of every guest: each `lab-vmm` has an address space of its own for vsock.
+const CID: u32 = 3;
+/// How long `lab-vmm` may take until it answers, with KVM.
+const START_LIMIT_S: u32 = 10;
+
+/// Starts a node's machine.
+pub struct Boot {
+    /// The node.
+    pub node: Node,
+}
+
+impl Action for Boot {
+    fn describe(&self) -> String {
+        "boot".into()
+    }
+
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
+        if state::node_state(&lab.dirs, &self.node.name) != NodeState::Running {
+            return Ok(false);
+        }
+        let running: Option<VmConfig> =
+            json_file::read(&lab.dirs.node(&self.node.name).join("vm.json"))?;
+        if let Some(running) = running {
+            for (what, is, wanted) in [
+                ("cpus", u64::from(running.cpus), u64::from(self.node.cpus)),
+                ("memory in MiB", running.memory_mib, self.node.memory_mib),
+                ("disks", running.disks.len() as u64, 1 + self.node.extra_disks_bytes.len() as u64),
+            ] {
+                if is != wanted {
+                    let name = &self.node.name;
+                    lab.progress.warn(&format!(
+                        "{name} runs with {what} {is}, the labfile says {wanted}: `lab restart {name}` applies it"
+                    ));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
+        let name = &self.node.name;
+        let dir = lab.dirs.node(name);
+        // What was known of an earlier machine is void.
+        drop(fs::remove_file(ready::marker(lab, name)));
+        lab.channel(name).close();
+        trust_all(lab)?;
+        let config = self.config(lab)?;
+        let file = dir.join("vm.json");
+        json_file::write(&file, &config)?;
+        let log = dir.join("vmm.log");
+        let io = |action: &'static str, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| Error::Io { action, path, source }
+        };
+        let stderr = File::create(&log).map_err(io("write", &log))?;
+        let program = lab::sibling("lab-vmm");
+        let mut command = Command::new(&program);
+        command.arg("--config").arg(&file).current_dir(&dir);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        let mut process =
+            child::detach(&mut command).spawn().map_err(io("start", &program))?;
+        let socket = lab.dirs.node_socket(name, "ctl");
+        let end = Instant::now() + lab.limit(START_LIMIT_S);
+        loop {
+            let answer = control::vmm_status(&socket);
+            if let Ok(status) = &answer
+                && status.pid == process.id()
+            {
+                return Ok(());
+            }
+            let ended = child::wait(&mut process, Duration::from_millis(20)).map_err(io("watch", &program))?;
+            let last = fs::read_to_string(&log).unwrap_or_default();
+            if ended.is_some() {
+                return Err(Error::NotStarted { program: "lab-vmm", reason: last.trim().into() });
+            }
+            if Instant::now() > end {
+                drop(process.kill());
+                drop(process.wait());
+                let seen = answer.err().map(|error| error.to_string()).unwrap_or_default();
+                return Err(Error::NotStarted { program: "lab-vmm", reason: format!("{seen}\n{last}") });
+            }
+        }
+    }
+}
+
+impl Boot {
+    fn config(&self, lab: &Lab) -> Result<VmConfig, Error> {
+        let name = &self.node.name;
+        let dir = lab.dirs.node(name);
+        let (manifest, image) = lab.image_of(name)?;
+        let record = lab.record_of(name)?.ok_or_else(|| lab::Error::NotThere(lab.topology.name.clone()))?;
+        let seed = dir.join("seed.cpio");
+        json_file::write_bytes(&seed, &self.seed(lab)?)?;
+        let disk = |index| DiskConfig {
+            path: dir.join(disk::file_name(index)),
+            format: disk::FORMAT,
+            read_only: false,
+        };
+        Ok(VmConfig {
+            name: name.clone(),
+            kernel: image.join("kernel"),
+            initrd: vec![image.join("initrd"), seed],
+            cmdline: format!("{} systemd.machine_id={}", manifest.cmdline, record.machine_id),
+            cpus: self.node.cpus,
+            memory_mib: self.node.memory_mib,
+            disks: (0..=self.node.extra_disks_bytes.len()).map(disk).collect(),
+            nets: vec![NetConfig {
+                socket: lab.dirs.net_socket(),
+                port: name.clone(),
+                mac: self.node.mac.clone(),
+            }],
+            vsock: Some(VsockConfig {
+                cid: CID,
+                socket: lab.dirs.node_socket(name, "vsock"),
+                notify_port: Some(NOTIFY_PORT),
+            }),
+            console: ConsoleConfig {
+                log: Some(dir.join("console.log")),
+                socket: Some(lab.dirs.node_socket(name, "console")),
+                stdio: false,
+            },
+            control: Some(lab.dirs.node_socket(name, "ctl")),
+            lock: Some(state::vmm_lock(&dir)),
+        })
+    }
+
+    /// The files that this node finds in its `/run`: name, keys, and where to report. They come with each boot, so
+    /// nothing of them is on the disk or on the kernel's command line.
+    fn seed(&self, lab: &Lab) -> Result<Vec<u8>, Error> {
+        let read = |path: std::path::PathBuf| {
+            fs::read(&path).map_err(|source| Error::Io { action: "read", path, source })
+        };
+        let key = channel::ensure_key(&lab.dirs.dir.join("ssh/id_ed25519"))?;
+        let host_key = read(lab.dirs.node(&self.node.name).join("ssh_host_ed25519_key"))?;
+        let name = self.node.name.as_bytes();
+        let notify = format!("vsock-stream:2:{NOTIFY_PORT}");
+        let key = format!("{key}\n");
+        let files: &[(&str, u32, &[u8])] = &[
+            ("node/run/lab/hostname", 0o644, name),
+            ("node/run/lab/authorized_keys", 0o600, key.as_bytes()),
+            ("node/run/lab/ssh_host_ed25519_key", 0o600, &host_key),
+            ("node/run/credentials/@initrd/system.hostname", 0o400, name),
+            ("node/run/credentials/@initrd/ssh.authorized_keys.root", 0o400, key.as_bytes()),
+            ("node/run/credentials/@initrd/vmm.notify_socket", 0o400, notify.as_bytes()),
+        ];
+        Ok(lab_images::initramfs::node_cpio(files))
+    }
+}
+
+/// Records the host keys of all nodes that have one as trusted.
+fn trust_all(lab: &Lab) -> Result<(), Error> {
+    let mut keys = Vec::new();
+    for node in &lab.topology.nodes {
+        let path = lab.dirs.node(&node.name).join("ssh_host_ed25519_key");
+        if path.exists() {
+            keys.push((node.name.clone(), channel::ensure_key(&path)?));
+        }
+    }
+    Ok(channel::Channel::trust(&lab.dirs, &keys)?)
+}

@@ -1,0 +1,117 @@
+//! Actions: what a plan is made of. Each does one thing, and nothing where that thing is so already.
+
+mod boot;
+mod disk;
+mod image;
+mod network;
+mod ready;
+mod script;
+
+use std::path::PathBuf;
+
+pub use boot::Boot;
+pub use disk::Disk;
+pub use image::Image;
+pub use network::Network;
+pub use ready::Ready;
+pub use script::{Script, environment};
+
+use crate::{channel, control, json_file, lab::Lab, plan::Plan, progress::Task};
+
+/// Why an action failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The image can't be had.
+    #[error(transparent)]
+    Image(#[from] lab_images::store::Error),
+    /// A disk can't be made.
+    #[error(transparent)]
+    Disk(#[from] lab_vmm::qcow2::Error),
+    /// A node can't be entered.
+    #[error(transparent)]
+    Channel(#[from] channel::Error),
+    /// A process of lab's did not answer.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A file of lab's own.
+    #[error(transparent)]
+    File(#[from] json_file::Error),
+    /// The lab's folders.
+    #[error(transparent)]
+    Lab(#[from] crate::lab::Error),
+    /// A stack's definition.
+    #[error(transparent)]
+    Stack(#[from] crate::stack::Error),
+    /// The host refused.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// A process of lab's ended at once.
+    #[error("{program} did not start: {reason}")]
+    NotStarted {
+        /// `lab-vmm` or `lab-net`.
+        program: &'static str,
+        /// Its last words.
+        reason: String,
+    },
+    /// The running network can't become what the labfile says.
+    #[error("{0}: `lab halt`, then `lab up` applies it")]
+    NeedsHalt(String),
+    /// A script failed in a node.
+    #[error("step `{step}` failed: {reason}\n{tail}\n  its output is in {log}; after a change, `lab up` goes on from this step")]
+    Step {
+        /// The step.
+        step: String,
+        /// How it ended.
+        reason: String,
+        /// Its last lines.
+        tail: String,
+        /// All of its output.
+        log: PathBuf,
+    },
+}
+
+/// One thing that a lab needs.
+pub trait Action: Send + Sync {
+    /// What it does, in a few words: "boot", "step docker: install".
+    fn describe(&self) -> String;
+    /// Whether nothing is left to do. Cheap, and without effect.
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error>;
+    /// Does it. Interrupted at any point, it can be run again.
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error>;
+}
+
+/// Everything that a lab needs to be up.
+pub fn plan(lab: &Lab) -> Result<Plan, Error> {
+    let mut plan = Plan::default();
+    let network = plan.add(None, Box::new(Network), vec![]);
+    let mut images: Vec<(&str, usize)> = Vec::new();
+    let mut ready = Vec::new();
+    for node in &lab.topology.nodes {
+        let image = match images.iter().find(|(name, _)| *name == node.image) {
+            Some(&(_, index)) => index,
+            None => {
+                let index = plan.add(None, Box::new(Image { name: node.image.clone() }), vec![]);
+                images.push((&node.image, index));
+                index
+            }
+        };
+        let name = Some(node.name.as_str());
+        let disk = plan.add(name, Box::new(Disk { node: node.clone() }), vec![image]);
+        let boot = plan.add(name, Box::new(Boot { node: node.clone() }), vec![network, disk]);
+        ready.push(plan.add(name, Box::new(Ready { node: node.clone() }), vec![boot]));
+    }
+    script::plan_scripts(lab, &mut plan, &ready)?;
+    Ok(plan)
+}
+
+/// The file that says that a node has run commands since it was started.
+pub fn ready_marker(lab: &Lab, node: &str) -> PathBuf {
+    ready::marker(lab, node)
+}

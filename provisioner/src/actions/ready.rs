@@ -1,0 +1,43 @@
+//! A node that runs commands.
+
+use super::{Action, Error};
+use crate::{
+    json_file,
+    lab::Lab,
+    labfile::topology::Node,
+    progress::Task,
+    state::{self, NodeState},
+};
+
+/// How long a node may take from power on to its first command, with KVM.
+const LIMIT_S: u32 = 120;
+
+/// Waits until a node runs commands.
+pub struct Ready {
+    /// The node.
+    pub node: Node,
+}
+
+/// The file that says that a node has run commands since it was started. It lies with the sockets: no boot of the host
+/// survives it.
+pub fn marker(lab: &Lab, node: &str) -> std::path::PathBuf {
+    lab.dirs.node_socket(node, "ready")
+}
+
+impl Action for Ready {
+    fn describe(&self) -> String {
+        "wait until it runs commands".into()
+    }
+
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
+        let running = state::node_state(&lab.dirs, &self.node.name) == NodeState::Running;
+        Ok(running && marker(lab, &self.node.name).exists())
+    }
+
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        let (manifest, _) = lab.image_of(&self.node.name)?;
+        let channel = lab.channel(&self.node.name);
+        channel.wait_ready(manifest.ssh, self.node.ip, lab.limit(LIMIT_S), &mut |seen| task.detail(seen))?;
+        Ok(json_file::write_bytes(&marker(lab, &self.node.name), b"")?)
+    }
+}

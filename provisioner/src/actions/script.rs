@@ -1,0 +1,191 @@
+//! Scripts in nodes: the steps of stacks and the user's own.
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use sha2::{Digest, Sha256};
+
+use super::{Action, Error};
+use crate::{
+    json_file,
+    lab::{Lab, applies},
+    labfile::topology::{Node, Stack},
+    plan::Plan,
+    progress::Task,
+    stack,
+    state::StepRecords,
+};
+
+/// How long a step of the user's may take, with KVM.
+const USER_STEP_LIMIT_S: u32 = 1800;
+
+/// Runs a script in a node once: again only if it, or what it is given, has changed.
+pub struct Script {
+    /// The node.
+    pub node: Node,
+    /// Its name, unique in the lab: `docker/install`, `step/motd`.
+    pub name: String,
+    /// Its text.
+    pub text: String,
+    /// Its environment.
+    pub environment: Vec<(String, String)>,
+    /// How long it may take, with KVM.
+    pub limit_s: u32,
+    /// A shell condition that must come true after it, and how long that may take, with KVM.
+    pub ready: Option<(String, u32)>,
+}
+
+impl Script {
+    /// What it is recorded by: everything that its result depends on.
+    fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        for (key, value) in &self.environment {
+            hash.update(format!("{key}={value}\0"));
+        }
+        hash.update(&self.text);
+        hash.update(self.ready.as_ref().map(|(condition, _)| condition.as_str()).unwrap_or_default());
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    fn records(&self, lab: &Lab) -> PathBuf {
+        lab.dirs.node(&self.node.name).join("steps.json")
+    }
+}
+
+impl Action for Script {
+    fn describe(&self) -> String {
+        self.name.clone()
+    }
+
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
+        let records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
+        Ok(records.get(&self.name) == Some(&self.digest()))
+    }
+
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        let logs = lab.dirs.node(&self.node.name).join("steps");
+        fs::create_dir_all(&logs)
+            .map_err(|source| Error::Io { action: "make the folder", path: logs.clone(), source })?;
+        let log = logs.join(format!("{}.log", self.name.replace('/', "-")));
+        let channel = lab.channel(&self.node.name);
+        let limit = lab.limit(self.limit_s);
+        let outcome =
+            channel.script(&self.text, &self.environment, Some(&log), limit, &mut |line| task.detail(line))?;
+        let failed = |reason: String, tail: Vec<String>| {
+            let tail = tail.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n");
+            Error::Step { step: self.name.clone(), reason, tail, log: log.clone() }
+        };
+        if !outcome.success() {
+            return Err(failed(outcome.describe(limit), outcome.tail));
+        }
+        if let Some((condition, limit_s)) = &self.ready {
+            task.detail("waiting until it is ready");
+            let limit = lab.limit(*limit_s);
+            let seconds = limit.as_secs();
+            // The wait runs in the node: a connection for each look would cost more than the look.
+            let wait = format!(
+                "end=$(($(date +%s) + {seconds}))\nuntil last=$( ( {condition} ) 2>&1 ); do\n\
+                 if [ $(date +%s) -ge $end ]; then printf 'last seen: %s\\n' \"$last\"; exit 1; fi\nsleep 1\ndone"
+            );
+            let outcome = channel.script(
+                &wait,
+                &self.environment,
+                None,
+                limit + Duration::from_secs(60),
+                &mut |line| task.detail(line),
+            )?;
+            if !outcome.success() {
+                let reason = format!("after it, `{condition}` did not come true within {seconds} s");
+                return Err(failed(reason, outcome.tail));
+            }
+        }
+        // Nodes run in parallel, but the steps of one node one after the other: nobody else writes its records.
+        let mut records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
+        records.insert(self.name.clone(), self.digest());
+        Ok(json_file::write(&self.records(lab), &records)?)
+    }
+}
+
+/// Adds the steps of stacks and of the user to a plan. Stacks run in the order of the file; those of one node don't wait
+/// for another's unless the stack says so. The user's steps run after all stacks, in the order of the file, each on all
+/// of its nodes before the next.
+pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), Error> {
+    let nodes = &lab.topology.nodes;
+    let mut last: Vec<usize> = ready.to_vec();
+    for used in &lab.topology.stacks {
+        let stack = stack::load(used)?;
+        let mut ends: Vec<(String, Vec<usize>)> = Vec::new();
+        for step in &stack.steps {
+            let waits: Vec<usize> = ends
+                .iter()
+                .filter(|(name, _)| step.after.contains(name))
+                .flat_map(|(_, indices)| indices.clone())
+                .collect();
+            let mut added = Vec::new();
+            for (node, last) in nodes.iter().zip(last.iter_mut()) {
+                if !applies(&step.on, node) {
+                    continue;
+                }
+                let script = Script {
+                    node: node.clone(),
+                    name: format!("{}/{}", used.name, step.name),
+                    text: step.script.clone(),
+                    environment: environment(lab, node, Some(used)),
+                    limit_s: step.limit_s,
+                    ready: step.ready.clone().map(|condition| (condition, step.ready_limit_s)),
+                };
+                let mut after = vec![*last];
+                after.extend(&waits);
+                *last = plan.add(Some(&node.name), Box::new(script), after);
+                added.push(*last);
+            }
+            ends.push((step.name.clone(), added));
+        }
+    }
+    let mut before = last;
+    for step in &lab.topology.steps {
+        let mut added = Vec::new();
+        for node in nodes.iter().filter(|node| applies(&step.on, node)) {
+            let script = Script {
+                node: node.clone(),
+                name: format!("step/{}", step.name),
+                text: step.run.clone(),
+                environment: environment(lab, node, None),
+                limit_s: USER_STEP_LIMIT_S,
+                ready: None,
+            };
+            added.push(plan.add(Some(&node.name), Box::new(script), before.clone()));
+        }
+        if !added.is_empty() {
+            before = added;
+        }
+    }
+    Ok(())
+}
+
+/// What scripts find in their environment.
+pub fn environment(lab: &Lab, node: &Node, stack: Option<&Stack>) -> Vec<(String, String)> {
+    let topology = &lab.topology;
+    let master = topology.nodes.iter().find(|node| node.role == "master").or(topology.nodes.first());
+    let names: Vec<String> = topology.nodes.iter().map(|node| format!("{}={}", node.name, node.ip)).collect();
+    let mut environment = vec![
+        ("LAB_NAME", topology.name.clone()),
+        ("LAB_NODE", node.name.clone()),
+        ("LAB_ROLE", node.role.clone()),
+        ("LAB_IP", node.ip.to_string()),
+        ("LAB_SUBNET", format!("{}/{}", topology.network.subnet, topology.network.prefix)),
+        ("LAB_GATEWAY", topology.network.gateway.to_string()),
+        ("LAB_NODES", names.join(" ")),
+        ("LAB_MASTER", master.map(|node| node.name.clone()).unwrap_or_default()),
+        ("LAB_MASTER_IP", master.map(|node| node.ip.to_string()).unwrap_or_default()),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_string(), value))
+    .collect::<Vec<_>>();
+    if let Some(stack) = stack {
+        environment.push(("LAB_SOURCE".into(), stack.source.clone()));
+        for (name, value) in &stack.options {
+            environment.push((format!("LAB_OPT_{}", name.to_uppercase().replace('-', "_")), value.clone()));
+        }
+    }
+    environment
+}

@@ -1,0 +1,332 @@
+//! The way into a node: OpenSSH over vsock, or over TCP through `lab-net` for images that don't listen on vsock.
+
+use std::{
+    io::{self, Read, Write},
+    net::{Ipv4Addr, Shutdown},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use lab_images::manifest::SshTransport;
+
+use crate::{
+    child, control, json_file,
+    paths::{LabPaths, private_dir},
+};
+
+/// Port of the SSH server in every node.
+const SSH_PORT: u16 = 22;
+/// How long an idle connection to a node is kept for the next command.
+const CONTROL_PERSIST_S: u32 = 600;
+
+/// Why a node cannot be entered.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The connection can't be made.
+    #[error("{node} cannot be reached: {reason} (is it running? `lab status` tells; `lab console {node}` shows its console)")]
+    Unreachable {
+        /// The node.
+        node: String,
+        /// What was seen.
+        reason: String,
+    },
+    /// A tool of OpenSSH's is missing or failed.
+    #[error("cannot run {tool}: {source} (it is in Debian's package openssh-client)")]
+    Tool {
+        /// `ssh` or `ssh-keygen`.
+        tool: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// A key could not be made.
+    #[error("ssh-keygen made no key in {path}: {reason}")]
+    Key {
+        /// The key's file.
+        path: PathBuf,
+        /// What it said.
+        reason: String,
+    },
+    /// A file of lab's own.
+    #[error(transparent)]
+    File(#[from] json_file::Error),
+}
+
+/// Makes an ed25519 key pair at `path` unless there is one; returns the public key's line (`ssh-ed25519 AAAA…`).
+pub fn ensure_key(path: &Path) -> Result<String, Error> {
+    let public = path.with_extension("pub");
+    if !path.exists() || !public.exists() {
+        let dir = tempfile::tempdir_in(path.parent().unwrap_or(Path::new(".")))
+            .map_err(|source| Error::Tool { tool: "ssh-keygen", source })?;
+        let new = dir.path().join("key");
+        let output = Command::new("ssh-keygen")
+            .args(["-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f"])
+            .arg(&new)
+            .stdin(Stdio::null())
+            .output()
+            .map_err(|source| Error::Tool { tool: "ssh-keygen", source })?;
+        // The public half first: a key counts as made when both are there.
+        let moved = std::fs::rename(new.with_extension("pub"), &public)
+            .and_then(|()| std::fs::rename(&new, path));
+        if !output.status.success() || moved.is_err() {
+            let reason = String::from_utf8_lossy(&output.stderr).trim().to_string();
+            return Err(Error::Key { path: path.into(), reason });
+        }
+    }
+    let line = std::fs::read_to_string(&public)
+        .map_err(|source| json_file::Error::Io { action: "read", path: public, source })?;
+    Ok(line.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+}
+
+/// The way into one node.
+#[derive(Debug, Clone)]
+pub struct Channel {
+    lab: String,
+    node: String,
+    paths: LabPaths,
+}
+
+impl Channel {
+    /// The way into `node` of `lab`.
+    pub fn new(paths: &LabPaths, lab: &str, node: &str) -> Self {
+        Self { lab: lab.into(), node: node.into(), paths: paths.clone() }
+    }
+
+    /// OpenSSH options, as `KEY VALUE` pairs, that lead into the node. `shared`: connections are kept for the next
+    /// command.
+    pub fn options(&self, program: &Path, shared: bool) -> Vec<(&'static str, String)> {
+        let ssh = self.paths.dir.join("ssh");
+        let proxy = format!("{} proxy {} {}", quote(&program.to_string_lossy()), self.lab, self.node);
+        let mut options = vec![
+            ("User", "root".into()),
+            ("HostKeyAlias", self.node.clone()),
+            ("ProxyCommand", proxy),
+            ("IdentityFile", quote_option(&ssh.join("id_ed25519"))),
+            ("IdentitiesOnly", "yes".into()),
+            ("UserKnownHostsFile", quote_option(&ssh.join("known_hosts"))),
+            ("GlobalKnownHostsFile", "/dev/null".into()),
+            ("StrictHostKeyChecking", "yes".into()),
+            ("UpdateHostKeys", "no".into()),
+            ("PasswordAuthentication", "no".into()),
+            ("LogLevel", "ERROR".into()),
+        ];
+        if shared {
+            options.extend([
+                ("ControlMaster", "auto".into()),
+                ("ControlPath", quote_option(&self.paths.node_socket(&self.node, "ssh"))),
+                ("ControlPersist", CONTROL_PERSIST_S.to_string()),
+            ]);
+        }
+        options
+    }
+
+    /// An `ssh` command into the node, to which arguments can be added.
+    pub fn ssh(&self) -> Command {
+        let program = std::env::current_exe().unwrap_or_else(|_| "lab".into());
+        let mut command = Command::new("ssh");
+        command.args(["-F", "/dev/null"]);
+        for (key, value) in self.options(&program, true) {
+            command.arg("-o").arg(format!("{key}={value}"));
+        }
+        command
+    }
+
+    /// Runs a shell script in the node as root: `/bin/sh -e`, nothing on its standard input. When it has ended, what it
+    /// wrote is on the node's disk. `line` is given its output, line by line, and so is the file `log`.
+    pub fn script(
+        &self,
+        script: &str,
+        environment: &[(String, String)],
+        log: Option<&Path>,
+        limit: Duration,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<child::Outcome, Error> {
+        let mut text = String::new();
+        for (key, value) in environment {
+            text.push_str(&format!("export {key}={}\n", quote(value)));
+        }
+        text.push_str(script);
+        text.push('\n');
+        let mut command = self.ssh();
+        command.args(["-T", "-o", "BatchMode=yes", &self.node]);
+        // The script goes into a file, since what it runs may read standard input. sync: a step that is recorded as
+        // done must be on the disk, whatever ends the machine.
+        command.arg(
+            "f=$(mktemp) && cat >\"$f\" && { /bin/sh -e \"$f\" </dev/null; s=$?; rm -f \"$f\"; sync; exit $s; }",
+        );
+        child::run(command, text.as_bytes(), log, limit, line)
+            .map_err(|source| Error::Tool { tool: "ssh", source })
+    }
+
+    /// Waits until the node runs commands. `transport` is how its image is reached.
+    pub fn wait_ready(
+        &self,
+        transport: SshTransport,
+        ip: Ipv4Addr,
+        limit: Duration,
+        seen: &mut dyn FnMut(&str),
+    ) -> Result<(), Error> {
+        let end = Instant::now() + limit;
+        let mut last = String::from("nothing yet");
+        while Instant::now() < end {
+            let open = match transport {
+                SshTransport::Vsock => self.announced(),
+                SshTransport::Tcp => control::dial(&self.paths.net_control(), ip, SSH_PORT)
+                    .map(drop)
+                    .map_err(|error| error.to_string()),
+            };
+            match open.and_then(|()| self.answers(end.saturating_duration_since(Instant::now()))) {
+                Ok(()) => return Ok(()),
+                Err(reason) => last = reason,
+            }
+            seen(&last);
+            if !crate::lock::is_held(&crate::state::vmm_lock(&self.paths.node(&self.node))) {
+                let log = self.paths.node(&self.node).join("vmm.log");
+                let reason = format!("its machine has ended; {} tells why", log.display());
+                return Err(Error::Unreachable { node: self.node.clone(), reason });
+            }
+            // Nothing tells across both kinds of image when the next try is worth it.
+            std::thread::park_timeout(Duration::from_millis(150));
+        }
+        let reason = format!("no answer within {} s; last seen: {last}", limit.as_secs());
+        Err(Error::Unreachable { node: self.node.clone(), reason })
+    }
+
+    /// Whether systemd in the node has said that SSH is there.
+    fn announced(&self) -> Result<(), String> {
+        let status = control::vmm_status(&self.paths.node_socket(&self.node, "ctl"))
+            .map_err(|error| error.to_string())?;
+        let ready = ["READY=1", "X_SYSTEMD_UNIT_ACTIVE=ssh-access.target"];
+        match status.notified.iter().any(|line| ready.contains(&line.as_str())) {
+            true => Ok(()),
+            false => Err(match status.notified.last() {
+                Some(line) => format!("systemd has said {line}"),
+                None => format!("the kernel has run for {} s", status.uptime_ms / 1000),
+            }),
+        }
+    }
+
+    /// Whether a command runs.
+    fn answers(&self, limit: Duration) -> Result<(), String> {
+        let mut command = self.ssh();
+        command.args(["-T", "-o", "BatchMode=yes", &self.node, "true"]);
+        let limit = limit.min(Duration::from_secs(90)).max(Duration::from_secs(1));
+        match child::run(command, b"", None, limit, &mut |_| ()) {
+            Ok(outcome) if outcome.success() => Ok(()),
+            Ok(outcome) => Err(format!("ssh: {} {}", outcome.describe(limit), outcome.tail.join("; "))),
+            Err(error) => Err(format!("ssh: {error}")),
+        }
+    }
+
+    /// Ends the connection that is kept for the next command.
+    pub fn close(&self) {
+        if self.paths.node_socket(&self.node, "ssh").exists() {
+            let mut command = self.ssh();
+            command.args(["-O", "exit", &self.node]).stdout(Stdio::null()).stderr(Stdio::null());
+            // Whether there was one does not matter.
+            drop(command.status());
+        }
+    }
+
+    /// Connects standard input and output with the node's SSH server: what `ProxyCommand` runs.
+    pub fn proxy(&self, transport: SshTransport, ip: Ipv4Addr) -> Result<(), Error> {
+        let unreachable = |reason: String| Error::Unreachable { node: self.node.clone(), reason };
+        let stream = match transport {
+            SshTransport::Vsock => connect_vsock(&self.paths.node_socket(&self.node, "vsock"))
+                .map_err(|error| unreachable(format!("vsock: {error}")))?,
+            SshTransport::Tcp => control::dial(&self.paths.net_control(), ip, SSH_PORT)
+                .map_err(|error| unreachable(error.to_string()))?,
+        };
+        splice(&stream).map_err(|error| unreachable(error.to_string()))
+    }
+
+    /// Records the node's host key, which lab gave it, as the only one that is trusted.
+    pub fn trust(paths: &LabPaths, keys: &[(String, String)]) -> Result<(), Error> {
+        let ssh = paths.dir.join("ssh");
+        private_dir(&ssh).map_err(|error| Error::Key { path: ssh.clone(), reason: error.to_string() })?;
+        let text: String = keys.iter().map(|(node, key)| format!("{node} {key}\n")).collect();
+        Ok(json_file::write_bytes(&ssh.join("known_hosts"), text.as_bytes())?)
+    }
+}
+
+/// Asks a vsock device's socket for the guest's SSH port.
+fn connect_vsock(socket: &Path) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.write_all(format!("CONNECT {SSH_PORT}\n").as_bytes())?;
+    let mut answer = Vec::new();
+    let mut byte = [0];
+    while answer.len() < 32 && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        answer.push(byte[0]);
+    }
+    if !answer.starts_with(b"OK ") {
+        return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "nobody listens on port 22 yet"));
+    }
+    stream.set_read_timeout(None)?;
+    Ok(stream)
+}
+
+fn splice(stream: &UnixStream) -> io::Result<()> {
+    let mut up = stream.try_clone()?;
+    std::thread::spawn(move || {
+        let copied = copy_unbuffered(&mut io::stdin().lock(), &mut up);
+        drop(copied.and_then(|()| up.shutdown(Shutdown::Write)));
+    });
+    // The far end decides when it is over.
+    copy_unbuffered(&mut &*stream, &mut io::stdout().lock())
+}
+
+fn copy_unbuffered(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => {
+                to.write_all(buffer.get(..count).unwrap_or_default())?;
+                to.flush()?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Quotes a word for a POSIX shell.
+pub fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:@,+%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+/// Quotes a path as a value of ssh_config(5).
+fn quote_option(path: &Path) -> String {
+    let text = path.to_string_lossy().replace('%', "%%");
+    if text.contains(' ') { format!("\"{text}\"") } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_survive_the_shell() {
+        for word in ["plain", "", "two words", "it's", "$HOME `x` \"q\"", "a\nb", "ü"] {
+            let output =
+                Command::new("sh").args(["-c", &format!("printf %s {}", quote(word))]).output().unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
+        }
+    }
+
+    #[test]
+    fn a_key_is_made_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("id_ed25519");
+        let first = ensure_key(&path).unwrap();
+        assert!(first.starts_with("ssh-ed25519 "));
+        assert_eq!(ensure_key(&path).unwrap(), first);
+    }
+}

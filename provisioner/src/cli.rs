@@ -1,0 +1,251 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Brings up a lab of virtual machines from one file.
+#[derive(Debug, Parser)]
+#[command(name = "lab", version, propagate_version = true, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What all commands take.
+    #[command(flatten)]
+    pub global: Global,
+    /// The verb.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of all commands.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The labfile [default: lab.toml here or in a parent folder]
+    #[arg(short, long, global = true, env = "LAB_FILE", value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Machine that labs run on: local or emulated [default: local where KVM works, else emulated]
+    #[arg(long, global = true, env = "LAB_HOST", value_name = "HOST")]
+    pub host: Option<String>,
+    /// How results are printed
+    #[arg(short, long, global = true, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
+    pub output: Output,
+    /// Tell nothing but results and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a labfile to start from
+    Init {
+        /// Example to copy
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        from: String,
+        /// List the examples
+        #[arg(long)]
+        list: bool,
+    },
+    /// Check the labfile
+    Validate,
+    /// Show what `up` would do
+    Plan,
+    /// Bring the lab up, or what is missing of it
+    Up,
+    /// Show the nodes of the lab
+    Status,
+    /// List all labs
+    Ls,
+    /// Open a terminal in a node
+    Ssh {
+        /// The node [default: the first]
+        node: Option<String>,
+        /// Command to run there instead of a shell
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Run a command in a node; its input, output and exit status pass
+    Exec {
+        /// The node
+        node: String,
+        /// Command and arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Copy a file or folder into or out of a node (NODE:PATH)
+    Cp {
+        /// From where
+        from: String,
+        /// To where
+        to: String,
+    },
+    /// Show a node's console output, or another log
+    Logs {
+        /// The node, or `net` for the lab's network
+        node: String,
+        /// Log of the machine's process instead of the console's output
+        #[arg(long)]
+        vmm: bool,
+        /// Wait for more
+        #[arg(long)]
+        follow: bool,
+    },
+    /// Type at a node's console; Ctrl-] leaves it
+    Console {
+        /// The node [default: the first]
+        node: Option<String>,
+    },
+    /// Run the steps of stacks and of the labfile again
+    Provision {
+        /// Only these nodes
+        nodes: Vec<String>,
+        /// Only the step of this name
+        #[arg(long)]
+        step: Option<String>,
+    },
+    /// Run the labfile's checks
+    Check {
+        /// Only the check of this name
+        name: Option<String>,
+    },
+    /// Power nodes off; without names, the whole lab
+    #[command(alias = "down")]
+    Halt {
+        /// Only these nodes
+        nodes: Vec<String>,
+        /// Pull the plug instead
+        #[arg(long)]
+        force: bool,
+    },
+    /// Power nodes off and bring them up again
+    Restart {
+        /// Only these nodes
+        nodes: Vec<String>,
+        /// Pull the plug instead of pressing the power button
+        #[arg(long)]
+        force: bool,
+    },
+    /// Remove nodes with their disks; without names, the whole lab
+    Destroy {
+        /// Only these nodes
+        nodes: Vec<String>,
+        /// Don't ask
+        #[arg(short, long)]
+        yes: bool,
+    },
+    /// List, add or remove forwarded ports
+    Forward {
+        /// What to do [default: list]
+        #[command(subcommand)]
+        action: Option<ForwardAction>,
+    },
+    /// Print a configuration for OpenSSH with all nodes
+    SshConfig,
+    /// Work with images
+    Image {
+        /// What to do
+        #[command(subcommand)]
+        action: ImageAction,
+    },
+    /// Work with the machine that labs run on
+    Host {
+        /// What to do
+        #[command(subcommand)]
+        action: HostAction,
+    },
+    /// Find out what this machine can do, and what is missing
+    Doctor,
+    /// Print the labfile's JSON Schema
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Connect standard input and output with a node's SSH server
+    #[command(hide = true)]
+    Proxy {
+        /// The lab
+        lab: String,
+        /// The node
+        node: String,
+    },
+}
+
+/// What can be done with forwards.
+#[derive(Debug, Subcommand)]
+pub enum ForwardAction {
+    /// List the forwards
+    Ls,
+    /// Add a forward: `[BIND_IP:]HOST_PORT:[GUEST_IP:]GUEST_PORT[/udp]`
+    Add {
+        /// The node
+        node: String,
+        /// The forward
+        forward: String,
+    },
+    /// Remove a forward that was added
+    Rm {
+        /// Its port on the host
+        host_port: u16,
+    },
+}
+
+/// What can be done with images.
+#[derive(Debug, Subcommand)]
+pub enum ImageAction {
+    /// List the images
+    Ls,
+    /// Build an image
+    Build {
+        /// Name of a definition of lab's, or path of one of yours
+        #[arg(required = true)]
+        names: Vec<String>,
+        /// Even if there is one already
+        #[arg(long)]
+        force: bool,
+    },
+    /// Import a distribution's cloud image (raw or qcow2)
+    Import {
+        /// Name for it
+        name: String,
+        /// The image
+        path: PathBuf,
+    },
+    /// Check the digests of an image's files
+    Verify {
+        /// The image
+        name: String,
+    },
+    /// Remove images
+    Rm {
+        /// The images
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+}
+
+/// What can be done with the emulated host.
+#[derive(Debug, Subcommand)]
+pub enum HostAction {
+    /// Show which host is used, and how it is
+    Status,
+    /// Start the emulated host
+    Start,
+    /// Stop the emulated host, and everything in it
+    Stop,
+    /// Run a command in the emulated host
+    Exec {
+        /// Command and arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+}

@@ -1,0 +1,66 @@
+//! `lab destroy`: removes nodes, or the whole lab.
+
+use std::{
+    fs,
+    io::{BufRead, IsTerminal, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use super::{Context, Error, halt};
+
+/// Removes nodes with their disks; without names, the lab.
+pub fn run(context: &Context, nodes: &[String], yes: bool) -> Result<ExitCode, Error> {
+    let lab = match context.existing() {
+        Err(Error::Lab(crate::lab::Error::NotThere(name))) => {
+            context.progress.say(&format!("the lab `{name}` is not there"));
+            return Ok(ExitCode::SUCCESS);
+        }
+        other => other?,
+    };
+    let what = if nodes.is_empty() { format!("the lab `{}`", lab.topology.name) } else { nodes.join(", ") };
+    if !yes && std::io::stdin().is_terminal() && !confirmed(&what)? {
+        return Ok(ExitCode::FAILURE);
+    }
+    let lock = lab.lock()?;
+    halt::off(&lab, nodes, true)?;
+    if nodes.is_empty() {
+        remove(&lab.dirs.sockets)?;
+        remove(&lab.dirs.dir)?;
+    } else {
+        for name in nodes {
+            remove(&lab.dirs.node(name))?;
+        }
+    }
+    drop(lock);
+    context.progress.say(&format!("removed {what}"));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn confirmed(what: &str) -> Result<bool, Error> {
+    let io = |source| Error::Io { action: "ask".into(), source };
+    eprint!("remove {what} with all disks? [y/N] ");
+    std::io::stderr().flush().map_err(io)?;
+    let mut answer = String::new();
+    std::io::stdin().lock().read_line(&mut answer).map_err(io)?;
+    Ok(matches!(answer.trim(), "y" | "Y" | "yes"))
+}
+
+/// Removes a folder at once for everybody who looks: it is renamed first, to a name that is no lab's or node's. What an
+/// interruption leaves of it goes with the next removal.
+fn remove(path: &Path) -> Result<(), Error> {
+    let io = |path: &Path| {
+        let action = format!("remove {}", path.display());
+        move |source| Error::Io { action, source }
+    };
+    let gone = path.with_file_name(".removed");
+    let clear = || match fs::remove_dir_all(&gone) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io(&gone)(source)),
+        _ => Ok(()),
+    };
+    clear()?;
+    match fs::rename(path, &gone) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io(path)(source)),
+        _ => clear(),
+    }
+}

@@ -1,0 +1,213 @@
+//! The verbs of the command line, one a file, and what they share.
+
+pub mod check;
+pub mod console;
+pub mod cp;
+pub mod destroy;
+pub mod forward;
+pub mod halt;
+pub mod image;
+pub mod init;
+pub mod logs;
+pub mod plan;
+pub mod provision;
+pub mod ssh;
+pub mod status;
+pub mod up;
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use serde::Serialize;
+
+use crate::{
+    actions, capacity, channel,
+    cli::{Cli, Output},
+    control, json_file,
+    lab::Lab,
+    labfile, machine,
+    paths::Paths,
+    progress::Progress,
+    state::LabState,
+};
+
+/// Exit status for a wrong labfile or command line.
+pub const USAGE: u8 = 2;
+
+/// Why a command failed. What is printed is the message.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No labfile.
+    #[error("there is no lab.toml here or in a parent folder: `lab init` writes one, `-f FILE` names another")]
+    NoLabfile,
+    /// The labfile is wrong.
+    #[error("{0}")]
+    Labfile(#[from] labfile::Diagnostics),
+    /// Something of the lab's.
+    #[error(transparent)]
+    Lab(#[from] crate::lab::Error),
+    /// The lab doesn't fit.
+    #[error(transparent)]
+    Capacity(#[from] capacity::Error),
+    /// An action.
+    #[error(transparent)]
+    Action(#[from] actions::Error),
+    /// A node can't be entered.
+    #[error(transparent)]
+    Channel(#[from] channel::Error),
+    /// A process of lab's did not answer.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A process of lab's did not end.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// A folder of lab's.
+    #[error(transparent)]
+    Paths(#[from] crate::paths::Error),
+    /// A file of lab's own.
+    #[error(transparent)]
+    File(#[from] json_file::Error),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] lab_images::store::Error),
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] crate::host::Error),
+    /// Something that only this command knows.
+    #[error("{0}")]
+    Other(String),
+    /// The host refused.
+    #[error("cannot {action}: {source}")]
+    Io {
+        /// What was tried, and on what.
+        action: String,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// The command's exit status.
+    pub fn status(&self) -> u8 {
+        match self {
+            Self::NoLabfile | Self::Labfile(_) => USAGE,
+            _ => 1,
+        }
+    }
+}
+
+/// What every command is given.
+pub struct Context {
+    /// The user's folders.
+    pub paths: Paths,
+    /// Whether results are printed as JSON.
+    pub json: bool,
+    /// Where progress is told.
+    pub progress: Progress,
+    file: Option<PathBuf>,
+}
+
+impl Context {
+    /// The context that a command line asks for.
+    pub fn new(cli: &Cli) -> Result<Self, Error> {
+        Ok(Self {
+            paths: Paths::from_env()?,
+            json: cli.global.output == Output::Json,
+            progress: Progress::new(cli.global.quiet),
+            file: cli.global.file.clone(),
+        })
+    }
+
+    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder.
+    pub fn labfile(&self) -> Result<PathBuf, Error> {
+        let absolute = |path: &Path| {
+            path.canonicalize()
+                .map_err(|source| Error::Io { action: format!("read {}", path.display()), source })
+        };
+        match &self.file {
+            Some(path) => absolute(path),
+            None => {
+                let here = std::env::current_dir()
+                    .map_err(|source| Error::Io { action: "find the current folder".into(), source })?;
+                let found = here.ancestors().map(|dir| dir.join("lab.toml")).find(|path| path.is_file());
+                absolute(&found.ok_or(Error::NoLabfile)?)
+            }
+        }
+    }
+
+    /// The lab as the labfile describes it.
+    pub fn wanted(&self) -> Result<Lab, Error> {
+        let topology = labfile::load(&self.labfile()?)?;
+        Ok(Lab::new(&self.paths, topology, self.progress.clone())?)
+    }
+
+    /// The lab as it was last brought up, whatever its labfile says by now.
+    pub fn existing(&self) -> Result<Lab, Error> {
+        let path = self.labfile()?;
+        for name in crate::state::labs(&self.paths) {
+            let state = LabState::read(&self.paths.lab(&name));
+            if let Ok(Some(state)) = state
+                && state.topology.labfile == path
+            {
+                return Ok(Lab::new(&self.paths, state.topology, self.progress.clone())?);
+            }
+        }
+        let name = labfile::load(&path)?.name;
+        Err(crate::lab::Error::NotThere(name).into())
+    }
+
+    /// Prints a result: as JSON, or as `text` makes it.
+    pub fn print<T: Serialize>(&self, value: &T, text: impl FnOnce(&T) -> String) -> Result<(), Error> {
+        let text = if self.json {
+            let json = serde_json::to_string_pretty(value);
+            json.map_err(|e| Error::Io { action: "print the result".into(), source: e.into() })?
+        } else {
+            text(value)
+        };
+        write_out(text.trim_end())
+    }
+}
+
+/// Writes lines to standard output. A reader who has gone is no error of ours.
+pub fn write_out(text: &str) -> Result<(), Error> {
+    use std::io::Write;
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush()) {
+        Err(source) if source.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Error::Io { action: "write to standard output".into(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A table with aligned columns.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain(head.get(column).map(|h| h.len())).max().unwrap_or(0)
+    };
+    let line = |cells: &[String]| {
+        let padded = cells.iter().enumerate().map(|(i, cell)| format!("{cell:<0$}", width(i)));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
+    };
+    let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
+    std::iter::once(line(&head)).chain(rows.iter().map(|row| line(row))).collect()
+}
+
+/// Exit status of something that went well or did not.
+pub fn exit(good: bool) -> ExitCode {
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [vec!["a".into(), "running".into()], vec!["longer".into(), String::new()]];
+        assert_eq!(table(&["NODE", "STATE"], &rows), "NODE    STATE\na       running\nlonger\n");
+    }
+}

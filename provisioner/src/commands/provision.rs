@@ -1,0 +1,30 @@
+//! `lab provision`: runs steps again.
+
+use std::process::ExitCode;
+
+use super::{Context, Error, ssh, up};
+use crate::{actions, json_file, state::StepRecords};
+
+/// Forgets that the steps have run on these nodes, then brings the lab up.
+pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<ExitCode, Error> {
+    let lab = context.wanted()?;
+    let _lock = lab.lock()?;
+    let chosen = lab.nodes(nodes)?;
+    let known: Vec<String> = actions::plan(&lab)?.items.iter().map(|item| item.action.describe()).collect();
+    let is_step = |name: &str, wanted: &str| name == wanted || name.split('/').nth(1) == Some(wanted);
+    if let Some(step) = step
+        && !known.iter().any(|name| name.contains('/') && is_step(name, step))
+    {
+        let steps: Vec<&str> = known.iter().filter(|name| name.contains('/')).map(String::as_str).collect();
+        return Err(Error::Other(format!("there is no step `{step}`: the steps are {}", steps.join(", "))));
+    }
+    for node in chosen {
+        ssh::running(&lab, &node.name)?;
+        let file = lab.dirs.node(&node.name).join("steps.json");
+        let mut records: StepRecords = json_file::read(&file)?.unwrap_or_default();
+        records.retain(|name, _| step.is_some_and(|step| !is_step(name, step)));
+        json_file::write(&file, &records)?;
+    }
+    up::bring_up(&lab)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,186 @@
+//! `lab status` and `lab ls`: what is there.
+
+use std::{net::Ipv4Addr, path::PathBuf, process::ExitCode};
+
+use lab_net::config::{Forward, Protocol};
+use serde::Serialize;
+
+use super::{Context, Error, table};
+use crate::{
+    actions, control,
+    lab::Lab,
+    labfile::topology::Node,
+    state::{self, LabState, NodeState},
+};
+
+/// A node as `status` tells it.
+#[derive(Debug, Serialize)]
+struct NodeStatus {
+    name: String,
+    role: String,
+    state: NodeState,
+    /// Whether it has run commands since it was started.
+    ready: bool,
+    ip: Ipv4Addr,
+    image: String,
+    cpus: u8,
+    memory_mib: u64,
+    uptime_s: Option<u64>,
+}
+
+/// A lab as `status` tells it.
+#[derive(Debug, Serialize)]
+struct LabStatus {
+    name: String,
+    labfile: PathBuf,
+    network: NetworkStatus,
+    nodes: Vec<NodeStatus>,
+    forwards: Vec<Forward>,
+}
+
+#[derive(Debug, Serialize)]
+struct NetworkStatus {
+    running: bool,
+    subnet: String,
+    gateway: Ipv4Addr,
+}
+
+/// Shows the lab.
+pub fn run(context: &Context) -> Result<ExitCode, Error> {
+    let lab = match context.existing() {
+        Err(Error::Lab(crate::lab::Error::NotThere(_))) => context.wanted()?,
+        other => other?,
+    };
+    print(context, &lab)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints how a lab is.
+pub fn print(context: &Context, lab: &Lab) -> Result<(), Error> {
+    let node = |node: &Node| {
+        let state = state::node_state(&lab.dirs, &node.name);
+        let running = state == NodeState::Running;
+        let status = running.then(|| control::vmm_status(&lab.dirs.node_socket(&node.name, "ctl")).ok());
+        let status = status.flatten();
+        NodeStatus {
+            name: node.name.clone(),
+            role: node.role.clone(),
+            state,
+            ready: running && actions::ready_marker(lab, &node.name).exists(),
+            ip: node.ip,
+            image: node.image.clone(),
+            // What runs, which may be older than what the labfile says.
+            cpus: status.as_ref().map_or(node.cpus, |status| status.cpus),
+            memory_mib: status.as_ref().map_or(node.memory_mib, |status| status.memory_mib),
+            uptime_s: status.map(|status| status.uptime_ms / 1000),
+        }
+    };
+    let network = &lab.topology.network;
+    let status = LabStatus {
+        name: lab.topology.name.clone(),
+        labfile: lab.topology.labfile.clone(),
+        network: NetworkStatus {
+            running: state::net_is_running(&lab.dirs),
+            subnet: format!("{}/{}", network.subnet, network.prefix),
+            gateway: network.gateway,
+        },
+        nodes: lab.topology.nodes.iter().map(node).collect(),
+        forwards: lab.forwards(),
+    };
+    context.print(&status, text)
+}
+
+fn text(status: &LabStatus) -> String {
+    let net = if status.network.running { "running" } else { "stopped" };
+    let mut out = format!(
+        "lab {} · network {} ({net}) · {}\n\n",
+        status.name,
+        status.network.subnet,
+        status.labfile.display()
+    );
+    let rows: Vec<Vec<String>> = status
+        .nodes
+        .iter()
+        .map(|node| {
+            let state = match (node.state, node.ready) {
+                (NodeState::Running, false) => "booting".into(),
+                (state, _) => state.to_string(),
+            };
+            vec![
+                node.name.clone(),
+                node.role.clone(),
+                state,
+                node.ip.to_string(),
+                node.cpus.to_string(),
+                format!("{} MiB", node.memory_mib),
+                node.image.clone(),
+                node.uptime_s.map(uptime).unwrap_or_default(),
+            ]
+        })
+        .collect();
+    out += &table(&["NODE", "ROLE", "STATE", "IP", "CPUS", "MEMORY", "IMAGE", "UP"], &rows);
+    if !status.forwards.is_empty() {
+        out += "\n";
+        out += &table(&["ON THIS MACHINE", "IN THE LAB"], &forward_rows(&status.forwards));
+    }
+    out
+}
+
+/// Rows of a table of forwards.
+pub fn forward_rows(forwards: &[Forward]) -> Vec<Vec<String>> {
+    let row = |forward: &Forward| {
+        let protocol = match forward.protocol {
+            Protocol::Tcp => "",
+            Protocol::Udp => "/udp",
+        };
+        vec![
+            format!("{}:{}{protocol}", forward.bind, forward.host_port),
+            format!("{}:{}", forward.guest_ip, forward.guest_port),
+        ]
+    };
+    forwards.iter().map(row).collect()
+}
+
+fn uptime(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct LabLine {
+    name: String,
+    running: usize,
+    nodes: usize,
+    labfile: PathBuf,
+}
+
+/// Lists all labs.
+pub fn ls(context: &Context) -> Result<ExitCode, Error> {
+    let mut lines = Vec::new();
+    for name in state::labs(&context.paths) {
+        let dirs = context.paths.lab(&name);
+        let Some(lab) = LabState::read(&dirs)? else { continue };
+        let nodes = &lab.topology.nodes;
+        let is_running = |node: &&Node| state::node_state(&dirs, &node.name) == NodeState::Running;
+        lines.push(LabLine {
+            running: nodes.iter().filter(is_running).count(),
+            nodes: nodes.len(),
+            labfile: lab.topology.labfile,
+            name,
+        });
+    }
+    context.print(&lines, |lines| {
+        if lines.is_empty() {
+            return "no labs".into();
+        }
+        let row = |line: &LabLine| {
+            let running = format!("{} of {}", line.running, line.nodes);
+            vec![line.name.clone(), running, line.labfile.display().to_string()]
+        };
+        table(&["LAB", "RUNNING", "LABFILE"], &lines.iter().map(row).collect::<Vec<_>>())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

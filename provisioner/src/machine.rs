@@ -1,0 +1,93 @@
+//! Ending a lab's processes: machines by their power button or their plug, the network by a word.
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use lab_net::control as net;
+use lab_vmm::control as vmm;
+
+use crate::{
+    actions, control,
+    lab::Lab,
+    lock,
+    progress::Task,
+    state::{self, NodeState},
+};
+
+/// How long a guest may take to power off by itself, with KVM.
+const POWER_OFF_LIMIT_S: u32 = 60;
+/// How long a process may take to end once it was told to.
+const END_LIMIT: Duration = Duration::from_secs(20);
+
+/// Why a process did not end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It holds its lock still.
+    #[error("{process} has not ended {seconds} s after it was told to ({last}); its log is {log}")]
+    StillThere {
+        /// The process.
+        process: String,
+        /// How long it was waited for.
+        seconds: u64,
+        /// What the control socket said.
+        last: String,
+        /// Where its log is.
+        log: std::path::PathBuf,
+    },
+}
+
+/// Powers a node off: by its power button first, and by its plug if it does not react or if `force`. The guest's own
+/// shutdown has written everything; pulling the plug loses what was not synced.
+pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), Error> {
+    if state::node_state(&lab.dirs, node) != NodeState::Running {
+        return Ok(());
+    }
+    lab.channel(node).close();
+    drop(fs::remove_file(actions::ready_marker(lab, node)));
+    let socket = lab.dirs.node_socket(node, "ctl");
+    let lock = state::vmm_lock(&lab.dirs.node(node));
+    if !force && control::ask_vmm(&socket, vmm::Action::PowerButton).is_ok() {
+        if wait_released(&lock, lab.limit(POWER_OFF_LIMIT_S)) {
+            return Ok(());
+        }
+        task.detail("the guest does not react: pulling the plug");
+        lab.progress.warn(&format!("{node} did not react to its power button: its plug was pulled"));
+    }
+    let last = control::ask_vmm(&socket, vmm::Action::Kill);
+    if wait_released(&lock, END_LIMIT) {
+        return Ok(());
+    }
+    let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
+    let log = lab.dirs.node(node).join("vmm.log");
+    Err(Error::StillThere { process: format!("the machine of {node}"), seconds: END_LIMIT.as_secs(), last, log })
+}
+
+/// Ends the lab's network.
+pub fn stop_network(lab: &Lab) -> Result<(), Error> {
+    if !state::net_is_running(&lab.dirs) {
+        return Ok(());
+    }
+    let last = control::ask_net(&lab.dirs.net_control(), net::Action::Stop);
+    if wait_released(&state::net_lock(&lab.dirs), END_LIMIT) {
+        return Ok(());
+    }
+    let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
+    let log = lab.dirs.net().join("net.log");
+    Err(Error::StillThere { process: "lab-net".into(), seconds: END_LIMIT.as_secs(), last, log })
+}
+
+/// Waits until nobody holds a lock.
+fn wait_released(path: &Path, limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    while lock::is_held(path) {
+        if Instant::now() > end {
+            return false;
+        }
+        // A lock's release can only be waited for without a limit.
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    true
+}

@@ -1,0 +1,203 @@
+//! Where lab keeps what: `LAB_HOME` for what lasts, the runtime folder for sockets.
+
+use std::{
+    env, fs,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
+    path::{Path, PathBuf},
+};
+
+/// Longest path that a UNIX socket can have (unix(7): `sun_path` is 108 bytes with its final zero).
+const LONGEST_SOCKET_PATH: usize = 107;
+/// Longest file name that is put below a lab's runtime folder: a node's name (63), `.vsock_` and a port.
+const LONGEST_SOCKET_NAME: usize = 48;
+
+/// Why a folder of lab's cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Neither variable is set.
+    #[error("no home for lab: set LAB_HOME, XDG_DATA_HOME or HOME")]
+    NoHome,
+    /// The folder can't be made or read.
+    #[error("cannot use the folder {path}: {source}")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// Someone else could reach into it.
+    #[error("the folder {0} belongs to another user: set XDG_RUNTIME_DIR to a folder of your own")]
+    NotOurs(PathBuf),
+    /// A socket below it could not be bound.
+    #[error(
+        "the folder {0} has too long a path for sockets (they are limited to 107 bytes): set XDG_RUNTIME_DIR to a shorter one"
+    )]
+    TooLong(PathBuf),
+}
+
+/// The folders of this user.
+#[derive(Debug, Clone)]
+pub struct Paths {
+    home: PathBuf,
+    runtime: PathBuf,
+}
+
+impl Paths {
+    /// Finds the folders from the environment: `LAB_HOME`, else `$XDG_DATA_HOME/lab`, else `~/.local/share/lab`; sockets
+    /// in `$XDG_RUNTIME_DIR/lab`, else `/run/lab` (root) or `/tmp/lab-UID`.
+    pub fn from_env() -> Result<Self, Error> {
+        let var = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+        let home = var("LAB_HOME")
+            .or_else(|| var("XDG_DATA_HOME").map(|dir| dir.join("lab")))
+            .or_else(|| var("HOME").map(|dir| dir.join(".local/share/lab")))
+            .ok_or(Error::NoHome)?;
+        let home =
+            std::path::absolute(&home).map_err(|source| Error::Folder { path: home.clone(), source })?;
+        let uid = rustix::process::getuid();
+        let runtime = var("XDG_RUNTIME_DIR").map(|dir| dir.join("lab")).unwrap_or_else(|| {
+            if uid.is_root() { "/run/lab".into() } else { format!("/tmp/lab-{}", uid.as_raw()).into() }
+        });
+        Ok(Self { home, runtime })
+    }
+
+    /// The folder for what lasts.
+    pub fn home(&self) -> &Path {
+        &self.home
+    }
+
+    /// The image store.
+    pub fn images(&self) -> PathBuf {
+        self.home.join("images")
+    }
+
+    /// The folder of all labs.
+    pub fn labs(&self) -> PathBuf {
+        self.home.join("labs")
+    }
+
+    /// The folders of lab `name`; none of them is made yet.
+    pub fn lab(&self, name: &str) -> LabPaths {
+        LabPaths { dir: self.labs().join(name), sockets: self.runtime.join(socket_folder(&self.home, name)) }
+    }
+}
+
+/// Name of a lab's folder for sockets. Two values of `LAB_HOME` may both have a lab of this name.
+fn socket_folder(home: &Path, name: &str) -> String {
+    use sha2::{Digest, Sha256};
+    use std::os::unix::ffi::OsStrExt;
+    let digest = Sha256::digest(home.as_os_str().as_bytes());
+    format!("{name}-{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2])
+}
+
+/// The folders of one lab.
+#[derive(Debug, Clone)]
+pub struct LabPaths {
+    /// What lasts: `LAB_HOME/labs/NAME`.
+    pub dir: PathBuf,
+    /// Sockets.
+    pub sockets: PathBuf,
+}
+
+impl LabPaths {
+    /// Makes the folders, for this user alone.
+    pub fn create(&self) -> Result<(), Error> {
+        let longest = self.sockets.as_os_str().len() + 1 + LONGEST_SOCKET_NAME;
+        if longest > LONGEST_SOCKET_PATH {
+            return Err(Error::TooLong(self.sockets.clone()));
+        }
+        for dir in [self.dir.as_path(), &self.dir.join("nodes"), &self.dir.join("net"), &self.dir.join("ssh")] {
+            private_dir(dir)?;
+        }
+        if let Some(parent) = self.sockets.parent() {
+            private_dir(parent)?;
+            owned(parent)?;
+        }
+        private_dir(&self.sockets)
+    }
+
+    /// Recorded state of the lab.
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("lab.json")
+    }
+
+    /// Held by the command that is changing the lab.
+    pub fn lock(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+
+    /// A node's folder.
+    pub fn node(&self, node: &str) -> PathBuf {
+        self.dir.join("nodes").join(node)
+    }
+
+    /// A node's socket for `kind`: `ctl`, `vsock`, `console`, `ssh`.
+    pub fn node_socket(&self, node: &str, kind: &str) -> PathBuf {
+        self.sockets.join(format!("{node}.{kind}"))
+    }
+
+    /// `lab-net`'s folder.
+    pub fn net(&self) -> PathBuf {
+        self.dir.join("net")
+    }
+
+    /// `lab-net`'s socket for cards.
+    pub fn net_socket(&self) -> PathBuf {
+        self.sockets.join("net.sock")
+    }
+
+    /// `lab-net`'s control socket.
+    pub fn net_control(&self) -> PathBuf {
+        self.sockets.join("net.ctl")
+    }
+}
+
+/// Makes a folder, with those above it, that only this user may enter.
+pub fn private_dir(path: &Path) -> Result<(), Error> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| Error::Folder { path: path.into(), source })
+}
+
+fn owned(path: &Path) -> Result<(), Error> {
+    let data = fs::symlink_metadata(path).map_err(|source| Error::Folder { path: path.into(), source })?;
+    if !data.is_dir() || data.uid() != rustix::process::getuid().as_raw() || data.mode() & 0o077 != 0 {
+        return Err(Error::NotOurs(path.into()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lab_s_folders_are_private() {
+        let base = tempfile::tempdir().unwrap();
+        let paths = Paths { home: base.path().join("home"), runtime: base.path().join("run") };
+        let lab = paths.lab("demo");
+        lab.create().unwrap();
+        for dir in [&lab.dir, &lab.sockets, &lab.net()] {
+            assert_eq!(fs::metadata(dir).unwrap().mode() & 0o777, 0o700, "{}", dir.display());
+        }
+    }
+
+    #[test]
+    fn a_path_too_long_for_sockets_is_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let paths = Paths { home: base.path().into(), runtime: base.path().join("x".repeat(90)) };
+        assert!(matches!(paths.lab("demo").create(), Err(Error::TooLong(_))));
+    }
+
+    #[test]
+    fn a_runtime_folder_open_to_others_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let base = tempfile::tempdir().unwrap();
+        let runtime = base.path().join("run");
+        fs::create_dir(&runtime).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o777)).unwrap();
+        let paths = Paths { home: base.path().into(), runtime };
+        assert!(matches!(paths.lab("demo").create(), Err(Error::NotOurs(_))));
+    }
+}

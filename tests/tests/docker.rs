@@ -1,0 +1,33 @@
+//! The flagship: labfiles/docker.toml, three nodes of Debian 13 with Docker running inside.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use lab_tests::{TestLab, free_port, http_get};
+
+#[test]
+fn three_nodes_with_docker() {
+    let port = free_port();
+    let lab = TestLab::example("docker.toml", |text| {
+        let text = text.replacen("name = \"docker\"", "name = \"docker-test\"", 1);
+        assert!(text.contains("\"8080:"), "the example forwards port 8080");
+        text.replace("\"8080:", &format!("\"{port}:"))
+    });
+    lab.run(&["up"]);
+    for node in ["master", "worker1", "worker2"] {
+        assert_eq!(lab.state_of(node), "running");
+        let (status, said) = lab.shell(node, "docker info --format '{{.ServerVersion}}'", b"");
+        assert_eq!(status, Some(0), "{said}");
+        // An image made from what the node has, and a container of it that has run.
+        let (status, said) = lab.shell(node, "docker run --rm web cat /etc/hostname", b"");
+        assert_eq!(status, Some(0), "{said}");
+    }
+    // From the host, through the forwarded port, to a container.
+    assert!(http_get(port, "/").contains("worker1"));
+    // A container on the master, to a worker's container, by the worker's name.
+    let (status, said) = lab.shell("master", "docker run --rm web wget -q -O - http://worker1/", b"");
+    assert!(status == Some(0) && said.contains("worker1"), "{status:?} {said}");
+    lab.run(&["check"]);
+    // Nothing is left to do.
+    let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
+    assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == true), "{plan:#}");
+    lab.run(&["destroy", "--yes"]);
+}

@@ -1,0 +1,150 @@
+//! A lab's life through the real command, on the tiny image: up, again, into nodes, halt, restart, destroy.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use lab_tests::{TestLab, free_port, http_get};
+
+fn two_nodes(name: &str, port: u16) -> String {
+    format!(
+        r#"
+name = "{name}"
+image = "tiny"
+
+[network]
+subnet = "10.77.0.0/24"
+
+[node.master]
+ip = "10.77.0.10"
+memory = "128MiB"
+disk = "256MiB"
+forward = ["{port}:80"]
+
+[node.worker1]
+ip = "10.77.0.11"
+memory = "128MiB"
+disk = "256MiB"
+disks = ["64MiB"]
+
+[[step]]
+name = "page"
+on = "all"
+run = """
+mkdir -p /srv/www
+echo "page of $LAB_NODE at $LAB_IP" > /srv/www/index.html
+echo ran >> /srv/count
+pidof httpd || httpd -h /srv/www
+"""
+
+[[check]]
+name = "the page is there"
+on = "all"
+run = "wget -q -O - http://$LAB_IP/ | grep page"
+hint = "start httpd"
+"#
+    )
+}
+
+#[test]
+fn a_lab_s_life() {
+    let port = free_port();
+    let text = two_nodes("life", port);
+    let lab = TestLab::new(&text);
+
+    assert_eq!(lab.state_of("master"), "absent");
+    let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
+    assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == false || entry["action"] == "image tiny"));
+    lab.run(&["up"]);
+    assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("running".into(), "running".into()));
+
+    // Names, addresses and sizes are those of the file.
+    assert_eq!(lab.shell("worker1", "hostname", b""), (Some(0), "worker1\n".into()));
+    let (_, address) = lab.shell("worker1", "ip -4 addr show eth0", b"");
+    assert!(address.contains("10.77.0.11/24"), "{address}");
+    let (_, disks) = lab.shell("worker1", "cat /sys/block/vda/size /sys/block/vdb/size", b"");
+    assert_eq!(disks, format!("{}\n{}\n", (256 << 20) / 512, (64 << 20) / 512));
+
+    // Nodes see each other by name, and the outside through the gateway.
+    let (status, page) = lab.shell("master", "wget -q -O - http://worker1/", b"");
+    assert_eq!((status, page.as_str()), (Some(0), "page of worker1 at 10.77.0.11\n"));
+    let (status, said) = lab.shell("master", "ping -c 1 -W 20 worker1 2>&1", b"");
+    assert_eq!(status, Some(0), "{said}");
+    let (status, said) = lab.shell("master", "wget -q -O - http://deb.debian.org/debian/dists/trixie/Release", b"");
+    assert!(status == Some(0) && said.contains("Codename: trixie"), "{status:?} {said}");
+
+    // The host sees the forwarded port.
+    assert!(http_get(port, "/").contains("page of master at 10.77.0.10"));
+
+    // Input, output and exit status pass.
+    let blob: Vec<u8> = (0..300_000u32).map(|i| (i * 7 % 251) as u8).collect();
+    let (status, sum) = lab.shell("master", "sha256sum | cut -c1-64; exit 7", &blob);
+    assert_eq!(status, Some(7));
+    let expected = lab_tests::output(std::process::Command::new("sha256sum"), &blob);
+    assert_eq!(sum.trim(), String::from_utf8_lossy(&expected.stdout)[..64].to_string());
+
+    // Files and folders go in and come out.
+    std::fs::create_dir(lab.dir().join("in")).unwrap();
+    std::fs::write(lab.dir().join("in/blob"), &blob).unwrap();
+    lab.run(&["cp", "in", "master:/srv/copy"]);
+    lab.run(&["cp", "master:/srv/copy/blob", "out"]);
+    assert_eq!(std::fs::read(lab.dir().join("out")).unwrap(), blob);
+
+    // A second up changes nothing.
+    let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
+    assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == true), "{plan:#}");
+    lab.run(&["up"]);
+    assert_eq!(lab.shell("master", "cat /srv/count", b"").1, "ran\n");
+
+    // Checks tell a good lab from a bad one.
+    lab.run(&["check"]);
+    lab.shell("worker1", "killall httpd", b"");
+    let results = lab.command(&["check", "-o", "json"]);
+    let results = lab_tests::output(results, b"");
+    assert_eq!(results.status.code(), Some(1));
+    let results: serde_json::Value = serde_json::from_slice(&results.stdout).unwrap();
+    let failed: Vec<_> = results.as_array().unwrap().iter().filter(|r| r["passed"] == false).collect();
+    assert!(failed.len() == 1 && failed[0]["node"] == "worker1" && failed[0]["hint"] == "start httpd");
+
+    // A step that changed runs again, and only that one.
+    lab.rewrite(&(text.clone() + "\n[[step]]\nname = \"more\"\non = \"master\"\nrun = \"echo more >> /srv/more\"\n"));
+    lab.run(&["up"]);
+    assert_eq!(lab.shell("master", "cat /srv/count /srv/more", b"").1, "ran\nmore\n");
+
+    // A forward can be added to a running lab.
+    let more = free_port();
+    lab.run(&["forward", "add", "worker1", &format!("{more}:80")]);
+    lab.run(&["provision", "worker1", "--step", "page"]);
+    assert!(http_get(more, "/").contains("page of worker1"));
+    lab.run(&["forward", "rm", &more.to_string()]);
+
+    // Power off and on: what was written is there.
+    lab.run(&["halt"]);
+    assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("stopped".into(), "stopped".into()));
+    lab.run(&["up"]);
+    assert_eq!(lab.shell("master", "cat /srv/more", b"").1, "more\n");
+    lab.run(&["restart", "worker1"]);
+    assert_eq!(lab.shell("worker1", "hostname", b"").1, "worker1\n");
+
+    // One node can go and come back.
+    lab.run(&["destroy", "--yes", "worker1"]);
+    assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("running".into(), "absent".into()));
+    lab.run(&["up"]);
+    assert_eq!(lab.shell("worker1", "cat /srv/count", b"").1, "ran\n");
+    lab.run(&["destroy", "--yes"]);
+    assert_eq!(lab.state_of("master"), "absent");
+}
+
+#[test]
+fn a_guest_that_reboots_comes_back() {
+    let lab = TestLab::new(&two_nodes("reboot", free_port()));
+    lab.run(&["up"]);
+    let before = lab.shell("worker1", "cat /proc/sys/kernel/random/boot_id", b"").1;
+    lab.shell("worker1", "echo kept > /srv/kept; sync; reboot", b"");
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(180);
+    loop {
+        let (status, after) = lab.shell("worker1", "cat /proc/sys/kernel/random/boot_id /srv/kept", b"");
+        if status == Some(0) && !after.starts_with(before.trim()) {
+            assert!(after.ends_with("kept\n"), "{after}");
+            break;
+        }
+        assert!(std::time::Instant::now() < end, "it has not come back: {status:?} {after}");
+    }
+}
