@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, io::Write, path::Path};
 
 use cpio::newc::{self, ModeFileType};
 
-pub use modules::Error as ModuleError;
+pub use modules::{Error as ModuleError, Module, Tree};
 
 /// The nodes' `/init`.
 pub const NODE_INIT: &[u8] = include_bytes!("../../initramfs/init");

@@ -44,7 +44,7 @@ pub enum Error {
 }
 
 /// A kernel's modules.
-pub(crate) struct Tree {
+pub struct Tree {
     release: String,
     /// Files by the modules' names.
     files: BTreeMap<String, PathBuf>,
@@ -54,7 +54,7 @@ pub(crate) struct Tree {
 
 /// A module, unpacked.
 #[derive(Debug)]
-pub(crate) struct Module {
+pub struct Module {
     /// Its name, with underscores.
     pub name: String,
     /// The ELF file, with its signature.
@@ -77,7 +77,7 @@ fn name_of(path: &str) -> Option<String> {
 
 impl Tree {
     /// Find the modules in `lib/modules/RELEASE`.
-    pub(crate) fn open(folder: &Path) -> Result<Tree, Error> {
+    pub fn open(folder: &Path) -> Result<Tree, Error> {
         let read = |path: &Path, source| Error::Read { path: path.into(), source };
         let builtin = folder.join("modules.builtin");
         let builtin = fs::read_to_string(&builtin).map_err(|e| read(&builtin, e))?;
@@ -111,7 +111,7 @@ impl Tree {
     }
 
     /// These modules and all that they need, each behind what it needs; what is built in is passed over.
-    pub(crate) fn closure(&self, names: &[&str]) -> Result<Vec<Module>, Error> {
+    pub fn closure(&self, names: &[&str]) -> Result<Vec<Module>, Error> {
         let mut loaded: Vec<Module> = Vec::new();
         for name in names {
             self.add(&normal(name), &mut loaded, &mut Vec::new())?;
