@@ -1,0 +1,192 @@
+//! Images made here are QEMU's idea of good ones, and the other way round; bad ones are told as such.
+
+use std::{fs, io::Write, os::unix::fs::FileExt, path::Path, process::Command};
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Runs a tool of QEMU's and returns what it printed.
+fn qemu(tool: &str, arguments: &[&str]) -> String {
+    let output = Command::new(tool)
+        .args(arguments)
+        .output()
+        .unwrap_or_else(|e| panic!("{tool} (package qemu-utils) is needed by this test: {e}"));
+    assert!(
+        output.status.success(),
+        "{tool} {arguments:?}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn made_images_are_sound_to_qemu() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("images")).unwrap();
+    fs::create_dir_all(folder.path().join("labs/one")).unwrap();
+    let base = folder.path().join("images/base.qcow2");
+    let overlay = folder.path().join("labs/one/disk.qcow2");
+    create_empty(&base, 10 << 30).unwrap();
+    create_overlay(&overlay, &base, DiskFormat::Qcow2, 20 << 30).unwrap();
+    for image in [&base, &overlay] {
+        qemu("qemu-img", &["check", text(image)]);
+    }
+    let described: serde_json::Value =
+        serde_json::from_str(&qemu("qemu-img", &["info", "--output=json", text(&overlay)])).unwrap();
+    assert_eq!(described["virtual-size"], 20u64 << 30);
+    assert_eq!(described["backing-filename"], "../../images/base.qcow2");
+    assert_eq!(described["backing-filename-format"], "qcow2");
+
+    let seen = info(&overlay).unwrap();
+    assert_eq!(seen.size_bytes, 20 << 30);
+    assert_eq!(seen.cluster_bytes, 64 << 10);
+    let (backing, format) = seen.backing.unwrap();
+    assert_eq!(fs::canonicalize(backing).unwrap(), fs::canonicalize(&base).unwrap());
+    assert_eq!(format, Some(DiskFormat::Qcow2));
+
+    // Both can be moved together.
+    let moved = folder
+        .path()
+        .parent()
+        .unwrap()
+        .join(format!("{}-moved", folder.path().file_name().unwrap().to_str().unwrap()));
+    fs::rename(folder.path(), &moved).unwrap();
+    let opened = open(&moved.join("labs/one/disk.qcow2"), true).map(|chain| chain.access.size());
+    fs::rename(&moved, folder.path()).unwrap();
+    assert_eq!(opened.unwrap(), 20 << 30);
+    // Nothing else is left beside them.
+    assert_eq!(fs::read_dir(folder.path().join("labs/one")).unwrap().count(), 1);
+}
+
+#[test]
+fn an_overlay_is_not_smaller_than_its_base_and_replaces_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base.raw");
+    fs::File::create(&base).unwrap().set_len(1 << 20).unwrap();
+    let overlay = folder.path().join("disk.qcow2");
+    let error = create_overlay(&overlay, &base, DiskFormat::Raw, 1 << 19).unwrap_err().to_string();
+    assert!(error.contains("a disk of 524288 bytes is too small"), "{error}");
+    assert!(!overlay.exists());
+    create_overlay(&overlay, &base, DiskFormat::Raw, 1 << 20).unwrap();
+    let before = fs::read(&overlay).unwrap();
+    let error = create_empty(&overlay, 1 << 20).unwrap_err().to_string();
+    assert!(error.contains("disk.qcow2: cannot make it"), "{error}");
+    assert_eq!(fs::read(&overlay).unwrap(), before);
+    let error = create_empty(&folder.path().join("odd.qcow2"), 1000).unwrap_err().to_string();
+    assert!(error.contains("multiple of 512"), "{error}");
+}
+
+#[test]
+fn a_writable_image_is_opened_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base.qcow2");
+    let overlay = folder.path().join("disk.qcow2");
+    create_empty(&base, 1 << 20).unwrap();
+    create_overlay(&overlay, &base, DiskFormat::Qcow2, 1 << 20).unwrap();
+    let first = open(&overlay, true).unwrap();
+    for (path, writable) in [(&overlay, true), (&overlay, false), (&base, true)] {
+        let Err(error) = open(path, writable) else { panic!("{} was opened again", path.display()) };
+        assert!(matches!(error, Error::InUse { .. }), "{error}");
+    }
+    open(&base, false).unwrap();
+    drop(first);
+    open(&overlay, true).unwrap();
+}
+
+#[test]
+fn bad_images_are_told_in_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let sound = folder.path().join("sound.qcow2");
+    qemu("qemu-img", &["create", "-q", "-f", "qcow2", text(&sound), "64M"]);
+    qemu("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 8M", text(&sound)]);
+    let sound_bytes = fs::read(&sound).unwrap();
+    let damage = |offset: u64, bytes: &[u8]| {
+        let path = folder.path().join("bad.qcow2");
+        fs::write(&path, &sound_bytes).unwrap();
+        fs::File::options().write(true).open(&path).unwrap().write_all_at(bytes, offset).unwrap();
+        path
+    };
+    let bad = folder.path().join("bad.qcow2");
+    let cases: [(&str, Box<dyn Fn()>); 13] = [
+        ("does not begin as one does", Box::new(|| drop(damage(0, b"hello")))),
+        ("version other than 2 and 3", Box::new(|| drop(damage(4, &[0, 0, 0, 9])))),
+        ("cluster size or refcount width", Box::new(|| drop(damage(20, &[0, 0, 0, 60])))),
+        ("L1 table is too small", Box::new(|| drop(damage(24, &[0, 0, 99, 0])))),
+        ("it is encrypted", Box::new(|| drop(damage(32, &[0, 0, 0, 1])))),
+        ("L1 table lies outside", Box::new(|| drop(damage(36, &[1, 0, 0, 0])))),
+        ("L1 table lies outside", Box::new(|| drop(damage(40, &[0, 9])))),
+        ("refcount table lies outside", Box::new(|| drop(damage(48, &[0, 9])))),
+        ("marked as corrupt", Box::new(|| drop(damage(79, &[2])))),
+        ("keeps its data in another file", Box::new(|| drop(damage(79, &[4])))),
+        ("was not closed properly", Box::new(|| drop(damage(79, &[1])))),
+        ("ends within its header", Box::new(|| fs::write(&bad, &sound_bytes[..50]).unwrap())),
+        ("the file was cut short", Box::new(|| fs::write(&bad, &sound_bytes[..4 << 20]).unwrap())),
+    ];
+    for (expected, damage) in cases {
+        damage();
+        let Err(error) = open(&bad, true) else { panic!("opened in spite of: {expected}") };
+        let error = error.to_string();
+        assert!(error.contains(expected), "{error:?} instead of {expected:?}");
+        assert!(error.contains("bad.qcow2"), "{error} does not name the file");
+    }
+    assert!(open(&sound, true).is_ok());
+}
+
+#[test]
+fn a_chain_that_bites_its_tail_or_has_no_format_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("a.qcow2");
+    qemu(
+        "qemu-img",
+        &["create", "-q", "-u", "-f", "qcow2", "-b", "a.qcow2", "-F", "qcow2", text(&image), "1M"],
+    );
+    let Err(error) = open(&image, false) else { panic!("opened a circle") };
+    assert!(error.to_string().contains("the chain is a circle"), "{error}");
+
+    let image = folder.path().join("b.qcow2");
+    create_overlay(&image, &folder.path().join("a.qcow2"), DiskFormat::Qcow2, 1 << 20).unwrap();
+    // The extension that names the format becomes one of an unknown type.
+    let bytes = fs::read(&image).unwrap();
+    let at = bytes.windows(4).position(|w| w == [0xe2, 0x79, 0x2a, 0xca]).unwrap();
+    fs::File::options().write(true).open(&image).unwrap().write_all_at(&[1; 4], at as u64).unwrap();
+    let Err(error) = open(&image, false) else { panic!("guessed a format") };
+    assert!(error.to_string().contains("does not say of which format"), "{error}");
+}
+
+proptest! {
+    /// Bytes changed anywhere in a small image: it opens or it does not, and reading it does not matter either.
+    #[test]
+    fn damaged_images_do_not_matter(changes in prop::collection::vec((0usize..400_000, any::<u8>()), 1..20), cut in 0usize..800_000) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("image.qcow2");
+        create_empty(&path, 4 << 20).unwrap();
+        {
+            let chain = open(&path, true).unwrap();
+            chain.access.write(&vec![7u8; 100_000], 70_000).unwrap();
+            chain.access.flush().unwrap();
+        }
+        let mut bytes = fs::read(&path).unwrap();
+        for (offset, value) in changes {
+            // Most of it is empty; the header and the tables are what counts.
+            let offset = match offset % 4 { 0 => offset % 112, 1 => 65536 + offset % 16, _ => offset };
+            if let Some(byte) = bytes.get_mut(offset) {
+                *byte = value;
+            }
+        }
+        bytes.truncate(cut.max(1));
+        fs::File::create(&path).unwrap().write_all(&bytes).unwrap();
+        let _ = info(&path);
+        if let Ok(chain) = open(&path, true) {
+            let mut data = vec![0u8; 1 << 20];
+            let _ = chain.access.read(&mut data, 0);
+            let _ = chain.access.write(&data, 1 << 20);
+            let _ = chain.access.flush();
+        }
+    }
+}
