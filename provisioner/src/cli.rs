@@ -48,7 +48,7 @@ pub enum Command {
     /// Write a labfile to start from
     Init {
         /// Example to copy
-        #[arg(long, value_name = "NAME", default_value = "default")]
+        #[arg(long, value_name = "NAME", default_value = crate::labfile::templates::DEFAULT)]
         from: String,
         /// List the examples
         #[arg(long)]

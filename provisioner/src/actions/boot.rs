@@ -165,7 +165,7 @@ impl Boot {
             ("node/run/credentials/@initrd/ssh.authorized_keys.root", 0o400, key.as_bytes()),
             ("node/run/credentials/@initrd/vmm.notify_socket", 0o400, notify.as_bytes()),
         ];
-        Ok(lab_images::initramfs::node_cpio(files))
+        Ok(lab_images::initramfs::node_cpio(files)?)
     }
 }
 

@@ -24,6 +24,9 @@ pub enum Error {
     /// The image can't be had.
     #[error(transparent)]
     Image(#[from] lab_images::store::Error),
+    /// The files for a node's `/run` can't be packed.
+    #[error(transparent)]
+    Seed(#[from] lab_images::initramfs::Error),
     /// A disk can't be made.
     #[error(transparent)]
     Disk(#[from] lab_vmm::qcow2::Error),

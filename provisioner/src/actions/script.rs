@@ -122,7 +122,7 @@ pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), E
                 .collect();
             let mut added = Vec::new();
             for (node, last) in nodes.iter().zip(last.iter_mut()) {
-                if !applies(&step.on, node) {
+                if !stack.applies_to(&node.role) || !applies(&step.on, node) {
                     continue;
                 }
                 let script = Script {

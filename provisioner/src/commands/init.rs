@@ -2,19 +2,21 @@
 
 use std::{fs::OpenOptions, io::Write, process::ExitCode};
 
-use super::{Context, Error, write_out};
-use crate::labfile;
+use super::{Context, Error, table, write_out};
+use crate::labfile::{self, templates};
 
-/// Writes a labfile here.
+/// Writes a labfile here, from an example.
 pub fn init(context: &Context, from: &str, list: bool) -> Result<ExitCode, Error> {
-    let templates = labfile::templates();
     if list {
-        let names: Vec<&str> = templates.iter().map(|template| template.name).collect();
-        context.print(&names, |names| names.join("\n"))?;
+        let rows: Vec<Vec<String>> = templates::templates()
+            .iter()
+            .map(|template| vec![template.name.into(), template.summary.into()])
+            .collect();
+        context.print(&rows, |rows| table(&["NAME", "WHAT"], rows))?;
         return Ok(ExitCode::SUCCESS);
     }
-    let template = templates.iter().find(|template| template.name == from).ok_or_else(|| {
-        let names: Vec<&str> = templates.iter().map(|template| template.name).collect();
+    let template = templates::template(from).ok_or_else(|| {
+        let names: Vec<&str> = templates::templates().iter().map(|template| template.name).collect();
         Error::Other(format!("there is no example `{from}`: the examples are {}", names.join(", ")))
     })?;
     let written = OpenOptions::new()
