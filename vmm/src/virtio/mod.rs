@@ -3,12 +3,15 @@
 //! Each device works in a thread of its own, which waits (epoll) for its doorbells, its back end and its stop event;
 //! nothing of a device runs in a vCPU thread except reads and writes of its configuration space.
 
+pub mod block;
+pub mod common_config;
 pub mod console;
 pub mod counters;
 pub mod entropy;
 mod queue;
 #[cfg(test)]
 mod testing;
+pub mod transport;
 mod worker;
 
 use std::sync::Arc;
