@@ -1,2 +1,127 @@
-//! The labfile.
+//! The labfile: from its text to the [`topology::Topology`] that it means, or to everything that is wrong with it.
+//!
+//! - `file`: the types of the file as written; `schema`: the JSON Schema made from them
+//! - `shape`: structure against that schema; `diagnostic`, `report`, `spell`: how errors are told
+//! - `network`, `nodes`, `forward`, `size`, `names`, `mac`, `scripts`, `stacks`: what each part means
+//! - `templates`: the example labfiles inside the binary
+//!
+//! What a stack consists of is in [`crate::stack`]; what is done about a topology is not here.
+
+pub mod diagnostic;
+mod file;
+mod forward;
+mod mac;
+mod names;
+mod network;
+mod nodes;
+pub(crate) mod report;
+pub(crate) mod schema;
+mod scripts;
+pub(crate) mod shape;
+mod size;
+pub(crate) mod spell;
+mod stacks;
+pub mod templates;
+#[cfg(test)]
+mod tests;
 pub mod topology;
+
+use std::{
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+pub use diagnostic::{Diagnostic, Diagnostics, Position};
+pub use file::At;
+pub use forward::parse_forward;
+use report::Report;
+pub use schema::schema;
+pub use templates::templates;
+use topology::Topology;
+
+/// Longest labfile, script of a step, or stack file, in bytes.
+pub const MAX_BYTES: u64 = 1 << 20;
+
+/// Reads and checks the labfile at `path`. Nothing but files is looked at: whether images exist, ports are free and
+/// memory suffices is for `up` to see.
+///
+/// # Errors
+/// Everything that is wrong with it, with places and advice.
+pub fn load(path: &Path) -> Result<Topology, Diagnostics> {
+    let text = read_text(path, "labfile", "name another file with `-f FILE`, or make one with `lab init`")?;
+    let absolute =
+        fs::canonicalize(path).or_else(|_| std::path::absolute(path)).unwrap_or_else(|_| path.to_owned());
+    parse(&text, path, absolute)
+}
+
+/// Checks the text of a labfile that is shown as `shown` in errors and lies at `absolute`, beside its scripts and
+/// stacks.
+///
+/// # Errors
+/// As [`load`].
+pub fn parse(text: &str, shown: &Path, absolute: PathBuf) -> Result<Topology, Diagnostics> {
+    let mut report = Report::new(shown.to_owned(), text);
+    match topology(text, absolute, &mut report) {
+        Some(topology) if report.is_clean() => Ok(topology),
+        _ => Err(Diagnostics { errors: report.into_errors() }),
+    }
+}
+
+fn topology(text: &str, labfile: PathBuf, report: &mut Report<'_>) -> Option<Topology> {
+    let mut document = shape::parse(text, report)?;
+    if let Some((key, _)) = document.get_mut().remove_entry("link") {
+        let message = "`[[link]]` is not supported by this version of lab".to_owned();
+        report.error(
+            Some(key.span()),
+            "link",
+            message,
+            "remove it: links have neither delay nor loss for now",
+        );
+    }
+    let file: file::File = shape::read(document, schema::structure(), report)?;
+    let folder = labfile.parent().unwrap_or(Path::new("/")).to_owned();
+
+    let name = names::lab(&file, report);
+    let network = network::resolve(&file.network, report);
+    let nodes = nodes::resolve(&file, name.as_deref(), network.as_ref(), report);
+    let stacks = stacks::resolve(&file.stack, &folder, report);
+    let places = scripts::Places::of(&nodes);
+    let steps = scripts::steps(&file.step, &places, &folder, report);
+    let checks = scripts::checks(&file.check, &places, &folder, report);
+    Some(Topology { name: name?, labfile, network: network?, nodes, stacks, steps, checks })
+}
+
+/// Reads a text file whose kind is `what`; `missing` is the advice where there is none.
+///
+/// # Errors
+/// It can't be read, is no regular file, is longer than [`MAX_BYTES`], or isn't UTF-8.
+pub(crate) fn read_text(path: &Path, what: &str, missing: &str) -> Result<String, Diagnostics> {
+    let fail = |message: String, help: &str| Diagnostics::of_file(path.to_owned(), message, help);
+    let unreadable =
+        |error: std::io::Error| fail(format!("the {what} can't be read: {error}"), "look at its permissions");
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            return Err(fail(format!("there is no such {what}"), missing));
+        }
+        Err(error) => return Err(unreadable(error)),
+    };
+    if !metadata.is_file() {
+        return Err(fail(format!("the {what} is not a regular file"), missing));
+    }
+    let mut bytes = Vec::new();
+    let limited = fs::File::open(path).map(|file| file.take(MAX_BYTES + 1));
+    limited.and_then(|mut file| file.read_to_end(&mut bytes)).map_err(unreadable)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(fail(format!("the {what} is larger than 1 MiB"), "is it the right file?"));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let place = error.utf8_error().valid_up_to();
+        let text = String::from_utf8_lossy(error.as_bytes());
+        let mut report = Report::new(path.to_owned(), &text);
+        let message = format!("the {what} is not UTF-8 text");
+        report.error(Some(place..place), "", message, "save it as UTF-8, or remove what is no text");
+        Diagnostics { errors: report.into_errors() }
+    })
+}

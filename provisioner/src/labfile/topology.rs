@@ -47,7 +47,7 @@ pub struct Node {
     pub image: String,
     /// Address in the lab.
     pub ip: Ipv4Addr,
-    /// MAC address, made from the lab's and the node's names.
+    /// MAC address in lower case, made from the lab's and the node's names unless the file gives it.
     pub mac: String,
     /// Virtual CPUs.
     pub cpus: u8,
@@ -78,8 +78,8 @@ pub enum Target {
 pub struct Stack {
     /// Name of the stack: a folder of `stacks/` beside the labfile or of lab's own.
     pub name: String,
-    /// That folder.
-    pub folder: PathBuf,
+    /// That folder beside the labfile; `None` for lab's own, which is in the binary (see `crate::stack`).
+    pub folder: Option<PathBuf>,
     /// Where its software comes from (`debian`, `upstream`, …): the stack's first, unless the file says otherwise.
     pub source: String,
     /// Options, given to its scripts as `LAB_OPT_NAME` (upper case, `-` as `_`).

@@ -1,0 +1,119 @@
+//! `stack.toml` as it is written. Every key is optional to serde: what is missing is reported by the structure's check.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::labfile::At;
+
+/// A stack.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    /// What the stack is, on one line.
+    #[schemars(required, extend("examples" = ["Docker Engine"]))]
+    pub description: Option<At<String>>,
+    /// Roles whose nodes get it; all, unless given.
+    #[schemars(extend("examples" = [["master", "worker"]]))]
+    pub roles: Option<At<Vec<At<String>>>>,
+    /// Where the software can come from, the default first.
+    #[serde(default)]
+    pub source: Vec<At<SourceTable>>,
+    /// What can be set in the labfile.
+    #[serde(default)]
+    pub option: Vec<At<OptionTable>>,
+    /// What is done, in this order.
+    #[serde(default)]
+    pub step: Vec<At<StepTable>>,
+    /// Ports that it serves.
+    #[serde(default)]
+    pub port: Vec<At<PortTable>>,
+}
+
+/// A source.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SourceTable {
+    /// Its name.
+    #[schemars(required, extend("examples" = ["debian"]))]
+    pub name: Option<At<String>>,
+    /// What it is.
+    #[schemars(required, extend("examples" = ["Debian's archive"]))]
+    pub description: Option<At<String>>,
+}
+
+/// An option.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OptionTable {
+    /// The key in the labfile: a-z, 0-9, `_` and `-`.
+    #[schemars(required, extend("examples" = ["version"]))]
+    pub name: Option<At<String>>,
+    /// What it does.
+    #[schemars(required, extend("examples" = ["Version to install"]))]
+    pub description: Option<At<String>>,
+    /// Its value, unless the labfile gives one; without a default it must.
+    #[schemars(extend("examples" = ["1.36"]))]
+    pub default: Option<At<String>>,
+    /// Allowed values; any, unless given.
+    #[schemars(extend("examples" = [["1.35", "1.36"]]))]
+    pub values: Option<At<Vec<At<String>>>>,
+}
+
+/// A step.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StepTable {
+    /// Its name.
+    #[schemars(required, extend("examples" = ["install"]))]
+    pub name: Option<At<String>>,
+    /// `all`, or a role.
+    #[schemars(extend("examples" = ["master"]), extend("default" = "all"))]
+    pub on: Option<At<String>>,
+    /// Only for this source; for all, unless given.
+    #[schemars(extend("examples" = ["debian"]))]
+    pub source: Option<At<String>>,
+    /// `bake`: changes files only, the same way on every node, so its result can be kept. `run`: all else.
+    #[schemars(required, extend("examples" = ["bake"]))]
+    pub kind: Option<At<Kind>>,
+    /// The script's file, in the stack's folder.
+    #[schemars(required, extend("examples" = ["install.sh"]))]
+    pub script: Option<At<String>>,
+    /// Shell condition that the node must come to meet after the script.
+    #[schemars(extend("examples" = ["docker info"]))]
+    pub ready: Option<At<String>>,
+    /// How long the script may take, in seconds, on a machine with KVM.
+    #[schemars(extend("examples" = [600]), range(min = 1, max = 7200), extend("default" = 600))]
+    pub limit_s: Option<At<u32>>,
+    /// How long it may take from there until `ready`, in seconds, on a machine with KVM.
+    #[schemars(extend("examples" = [120]), range(min = 1, max = 7200), extend("default" = 120))]
+    pub ready_limit_s: Option<At<u32>>,
+    /// Earlier steps that must be done and ready on all their nodes first.
+    #[schemars(extend("examples" = [["init"]]))]
+    pub after: Option<At<Vec<At<String>>>>,
+}
+
+/// How a step's result is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Kind {
+    /// It changes files only, in the same way on every node: its result can be kept as a layer.
+    Bake,
+    /// It is run on each node.
+    Run,
+}
+
+/// A port.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PortTable {
+    /// TCP port.
+    #[schemars(required, extend("examples" = [6443]), range(min = 1, max = 65535))]
+    pub port: Option<At<u16>>,
+    /// `all`, or a role.
+    #[schemars(extend("examples" = ["master"]), extend("default" = "all"))]
+    pub on: Option<At<String>>,
+    /// What listens there.
+    #[schemars(required, extend("examples" = ["Kubernetes API"]))]
+    pub description: Option<At<String>>,
+}

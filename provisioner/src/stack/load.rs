@@ -1,0 +1,283 @@
+//! Reads and checks `stack.toml` and the scripts that it names, from a folder or from the binary.
+
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    Kind, OptionDef, PortDef, Source, StackDef, StepDef,
+    file::{File, StepTable},
+};
+use crate::labfile::{
+    At, Diagnostics, diagnostic::visible, read_text, report::Report, schema, shape, spell::advice,
+    topology::Target,
+};
+
+include!(concat!(env!("OUT_DIR"), "/stacks.rs"));
+
+const FILE: &str = "stack.toml";
+
+pub fn own_names() -> Vec<&'static str> {
+    let of_definition = |(path, _): &(&'static str, _)| path.strip_suffix(FILE)?.strip_suffix('/');
+    FILES.iter().filter_map(of_definition).collect()
+}
+
+pub fn from_binary(name: &str) -> Result<StackDef, Diagnostics> {
+    let text = |file: &str| {
+        let path = format!("{name}/{file}");
+        let found = FILES.iter().find(|(known, _)| *known == path);
+        found.map(|(_, text)| (*text).to_owned()).ok_or_else(|| {
+            Diagnostics::of_file(
+                PathBuf::from(&path),
+                "there is no such script".to_owned(),
+                "add it to the stack's folder",
+            )
+        })
+    };
+    let file = Path::new("stacks").join(name).join(FILE);
+    definition(name, None, &file, &text(FILE)?, &text)
+}
+
+pub fn from_folder(folder: &Path) -> Result<StackDef, Diagnostics> {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let file = folder.join(FILE);
+    if !is_name(&name) {
+        let message = format!("`{}` can't be a stack's name", visible(&name));
+        return Err(Diagnostics::of_file(folder.to_owned(), message, "rename the folder: a-z, 0-9 and `-`"));
+    }
+    let text =
+        read_text(&file, "stack definition", "a stack's folder holds a stack.toml; see `docs/stacks.md`")?;
+    let script = |file: &str| read_text(&folder.join(file), "script", "add it to the stack's folder");
+    let folder = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
+    definition(&name, Some(folder), &file, &text, &script)
+}
+
+/// Whether this is a name of a stack, a source, a role or an option.
+pub fn is_name(name: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-' || byte == b'_';
+    (1..=63).contains(&name.len()) && !name.starts_with('-') && name.bytes().all(fits)
+}
+
+fn definition(
+    name: &str,
+    folder: Option<PathBuf>,
+    file: &Path,
+    text: &str,
+    script: &dyn Fn(&str) -> Result<String, Diagnostics>,
+) -> Result<StackDef, Diagnostics> {
+    let mut report = Report::new(file.to_owned(), text);
+    let definition = shape::parse(text, &mut report)
+        .and_then(|document| shape::read::<File>(document, &schema::of::<File>(), &mut report))
+        .map(|read| checked(name, folder, &read, script, &mut report));
+    match definition {
+        Some(definition) if report.is_clean() => Ok(definition),
+        _ => Err(Diagnostics { errors: report.into_errors() }),
+    }
+}
+
+fn checked(
+    name: &str,
+    folder: Option<PathBuf>,
+    file: &File,
+    script: &dyn Fn(&str) -> Result<String, Diagnostics>,
+    report: &mut Report<'_>,
+) -> StackDef {
+    let roles: Vec<String> =
+        file.roles.iter().flat_map(|roles| roles.get()).map(|role| role.get().clone()).collect();
+    let mut seen = HashSet::new();
+    let mut sources = Vec::new();
+    for (index, source) in file.source.iter().enumerate() {
+        let source = source.get();
+        let key = format!("source[{index}].name");
+        if let Some(name) = fresh_name(source.name.as_ref(), &mut seen, "source", &key, report) {
+            sources.push(Source { name, description: text(source.description.as_ref()) });
+        }
+    }
+    if file.source.is_empty() && report.is_clean() {
+        let help = "add a [[source]] with a name and a description: where the software comes from";
+        report.error(None, "source", "the stack has no source".to_owned(), help);
+    }
+    let options = options(file, report);
+    let steps = steps(file, &sources, &roles, script, report);
+    let ports = file.port.iter().enumerate().filter_map(|(index, table)| {
+        let port = table.get();
+        let on = target(port.on.as_ref(), &roles, &format!("port[{index}].on"), report);
+        Some(PortDef { port: *port.port.as_ref()?.get(), on, description: text(port.description.as_ref()) })
+    });
+    let ports = ports.collect();
+    let description = text(file.description.as_ref());
+    StackDef { name: name.to_owned(), folder, description, sources, roles, options, steps, ports }
+}
+
+fn options(file: &File, report: &mut Report<'_>) -> Vec<OptionDef> {
+    let mut seen = HashSet::from(["source".to_owned()]);
+    let mut options = Vec::new();
+    for (index, table) in file.option.iter().enumerate() {
+        let option = table.get();
+        let key = format!("option[{index}].name");
+        let Some(name) = fresh_name(option.name.as_ref(), &mut seen, "option", &key, report) else {
+            continue;
+        };
+        let values: Vec<String> =
+            option.values.iter().flat_map(|list| list.get()).map(|v| v.get().clone()).collect();
+        let default = option.default.as_ref().map(|default| default.get().clone());
+        if let (Some(at), Some(value)) = (&option.default, &default)
+            && !values.is_empty()
+            && !values.contains(value)
+        {
+            let message = format!("the default `{}` is not among the values", visible(value));
+            report.error(Some(at.span()), &format!("option[{index}].default"), message, "add it to `values`");
+        }
+        options.push(OptionDef { name, description: text(option.description.as_ref()), default, values });
+    }
+    options
+}
+
+fn steps(
+    file: &File,
+    sources: &[Source],
+    roles: &[String],
+    script: &dyn Fn(&str) -> Result<String, Diagnostics>,
+    report: &mut Report<'_>,
+) -> Vec<StepDef> {
+    let mut seen = HashSet::new();
+    let mut steps: Vec<StepDef> = Vec::new();
+    for (index, at) in file.step.iter().enumerate() {
+        let (table, path) = (at.get(), format!("step[{index}]"));
+        let name = fresh_name(table.name.as_ref(), &mut seen, "step", &format!("{path}.name"), report);
+        let on = target(table.on.as_ref(), roles, &format!("{path}.on"), report);
+        if let Some(source) = &table.source {
+            let known: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
+            if !known.contains(&source.get().as_str()) {
+                let message = format!("there is no source `{}`", visible(source.get()));
+                let help = advice(source.get(), &known, "sources are");
+                report.error(Some(source.span()), &format!("{path}.source"), message, help);
+            }
+        }
+        let before = file.step.iter().take(index).filter_map(|step| step.get().name.as_ref());
+        let earlier: Vec<&str> = before.map(|name| name.get().as_str()).collect();
+        let after: Vec<&At<String>> = table.after.iter().flat_map(|list| list.get()).collect();
+        for (position, wanted) in
+            after.iter().enumerate().filter(|(_, step)| !earlier.contains(&step.get().as_str()))
+        {
+            let message = format!("no earlier step is `{}`", visible(wanted.get()));
+            let help = match earlier.as_slice() {
+                [] => "this is the first step".to_owned(),
+                earlier => advice(wanted.get(), earlier, "earlier steps are"),
+            };
+            report.error(Some(wanted.span()), &format!("{path}.after[{position}]"), message, help);
+        }
+        kinds(table, &path, &steps, report);
+        let text = script_text(table, &path, script, report);
+        if let (Some(name), Some(kind), Some((file, script))) = (name, &table.kind, text) {
+            steps.push(StepDef {
+                name,
+                on,
+                source: table.source.as_ref().map(|source| source.get().clone()),
+                kind: *kind.get(),
+                file,
+                script,
+                ready: table.ready.as_ref().map(|ready| ready.get().clone()),
+                limit_s: table.limit_s.as_ref().map_or(600, |limit| *limit.get()),
+                ready_limit_s: table.ready_limit_s.as_ref().map_or(120, |limit| *limit.get()),
+                after: after.into_iter().map(|step| step.get().clone()).collect(),
+            });
+        }
+    }
+    steps
+}
+
+/// What is baked comes first and waits for nothing: its result has to be the same wherever it is made.
+fn kinds(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report<'_>) {
+    let Some(kind) = table.kind.as_ref().filter(|kind| *kind.get() == Kind::Bake) else { return };
+    if let Some(run) = earlier.iter().find(|step| step.kind == Kind::Run) {
+        let message = format!("what is baked can't follow what is run: `{}`", run.name);
+        report.error(
+            Some(kind.span()),
+            &format!("{path}.kind"),
+            message,
+            "move the step up, or make it `kind = \"run\"`",
+        );
+    }
+    let waits = [
+        ("ready", table.ready.as_ref().map(At::span)),
+        ("ready_limit_s", table.ready_limit_s.as_ref().map(At::span)),
+        ("after", table.after.as_ref().map(At::span)),
+    ];
+    for (key, span) in waits {
+        if let Some(span) = span {
+            let help = format!("remove `{key}`, or make the step `kind = \"run\"`");
+            report.error(
+                Some(span),
+                &format!("{path}.{key}"),
+                "what is baked waits for nothing".to_owned(),
+                help,
+            );
+        }
+    }
+}
+
+fn script_text(
+    table: &StepTable,
+    path: &str,
+    script: &dyn Fn(&str) -> Result<String, Diagnostics>,
+    report: &mut Report<'_>,
+) -> Option<(String, String)> {
+    let file = table.script.as_ref()?;
+    let (message, help) = if file.get().contains('/') || file.get().starts_with('.') {
+        (
+            format!("`{}` is not in the stack's folder", visible(file.get())),
+            "name a file beside stack.toml".to_owned(),
+        )
+    } else {
+        match script(file.get()) {
+            Ok(text) if !text.trim().is_empty() => return Some((file.get().clone(), text)),
+            Ok(_) => (
+                format!("the script `{}` is empty", visible(file.get())),
+                "write shell commands into it".to_owned(),
+            ),
+            Err(wrong) => {
+                let first = wrong.errors.into_iter().next()?;
+                (
+                    format!("script `{}`: {}", visible(file.get()), first.message),
+                    first.help.unwrap_or_default(),
+                )
+            }
+        }
+    };
+    report.error(Some(file.span()), &format!("{path}.script"), message, help);
+    None
+}
+
+fn target(on: Option<&At<String>>, roles: &[String], key: &str, report: &mut Report<'_>) -> Target {
+    let Some(on) = on.filter(|on| on.get() != "all") else { return Target::All };
+    if !roles.is_empty() && !roles.contains(on.get()) {
+        let known: Vec<&str> = roles.iter().map(String::as_str).chain(["all"]).collect();
+        let message = format!("the stack is not for the role `{}`", visible(on.get()));
+        report.error(Some(on.span()), key, message, advice(on.get(), &known, "possible are"));
+    }
+    Target::Role(on.get().clone())
+}
+
+fn fresh_name(
+    name: Option<&At<String>>,
+    seen: &mut HashSet<String>,
+    what: &str,
+    key: &str,
+    report: &mut Report<'_>,
+) -> Option<String> {
+    let name = name?;
+    if !is_name(name.get()) {
+        let message = format!("`{}` can't be the name of a {what}", visible(name.get()));
+        report.error(Some(name.span()), key, message, "1 to 63 of a-z, 0-9, `_` and `-`, the first not `-`");
+    } else if !seen.insert(name.get().clone()) {
+        let message = format!("the name `{}` is taken", name.get());
+        report.error(Some(name.span()), key, message, "take another");
+    }
+    Some(name.get().clone())
+}
+
+fn text(value: Option<&At<String>>) -> String {
+    value.map(|value| value.get().clone()).unwrap_or_default()
+}

@@ -1,0 +1,223 @@
+//! Stacks: software that lab installs inside nodes, as data and scripts in a folder `NAME/` with a `stack.toml`.
+//!
+//! - `file`: `stack.toml` as written
+//! - `load`: its checks, from a folder or from the binary
+//!
+//! Nothing here runs a script: that is for the plan's actions.
+
+mod file;
+mod load;
+
+use std::path::{Path, PathBuf};
+
+pub use file::Kind;
+use serde::Serialize;
+
+/// What is wrong with a stack: told like a labfile's errors.
+pub use crate::labfile::Diagnostics as Error;
+use crate::labfile::topology::{Stack, Target};
+
+/// A stack, checked, with the texts of its scripts.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StackDef {
+    /// Its name: that of its folder.
+    pub name: String,
+    /// The folder beside the labfile that it is from; `None` for lab's own.
+    pub folder: Option<PathBuf>,
+    /// What it is.
+    pub description: String,
+    /// Where the software can come from, the default first; never empty.
+    pub sources: Vec<Source>,
+    /// Roles whose nodes get it; empty: all.
+    pub roles: Vec<String>,
+    /// What can be set in the labfile.
+    pub options: Vec<OptionDef>,
+    /// What is done, in this order on each node: first what is baked, then what is run.
+    pub steps: Vec<StepDef>,
+    /// Ports that it serves.
+    pub ports: Vec<PortDef>,
+}
+
+/// Where the software comes from.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Source {
+    /// Its name: the value of `source` in the labfile.
+    pub name: String,
+    /// What it is.
+    pub description: String,
+}
+
+/// A setting of a stack.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct OptionDef {
+    /// The key in the labfile.
+    pub name: String,
+    /// What it does.
+    pub description: String,
+    /// Its value where the labfile gives none; `None`: the labfile must give one.
+    pub default: Option<String>,
+    /// Allowed values; empty: any.
+    pub values: Vec<String>,
+}
+
+/// A step of a stack.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepDef {
+    /// Its name.
+    pub name: String,
+    /// All nodes that get the stack, or those of a role.
+    pub on: Target,
+    /// Only for this source; `None`: for all.
+    pub source: Option<String>,
+    /// Baked or run.
+    pub kind: Kind,
+    /// The script's file name, for messages.
+    pub file: String,
+    /// Shell script for `/bin/sh -e`, as root.
+    pub script: String,
+    /// Shell condition that the node must come to meet after the script, asked again and again.
+    pub ready: Option<String>,
+    /// How long the script may take, in seconds.
+    pub limit_s: u32,
+    /// How long it may take until the node is ready, in seconds.
+    pub ready_limit_s: u32,
+    /// Earlier steps that must be done and ready on all their nodes before this one begins on any.
+    pub after: Vec<String>,
+}
+
+/// A port that a stack serves.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PortDef {
+    /// TCP port.
+    pub port: u16,
+    /// All nodes that get the stack, or those of a role.
+    pub on: Target,
+    /// What listens there.
+    pub description: String,
+}
+
+impl StackDef {
+    /// Whether a node of this role gets the stack.
+    pub fn applies_to(&self, role: &str) -> bool {
+        self.roles.is_empty() || self.roles.iter().any(|known| known == role)
+    }
+}
+
+/// The stack that a labfile uses, with the steps for its source only.
+///
+/// # Errors
+/// What has become wrong with it, or that it is no longer there.
+pub fn load(used: &Stack) -> Result<StackDef, Error> {
+    let mut stack = match &used.folder {
+        Some(folder) => load::from_folder(folder)?,
+        None => load::from_binary(&used.name)?,
+    };
+    stack.steps.retain(|step| step.source.as_ref().is_none_or(|source| *source == used.source));
+    Ok(stack)
+}
+
+/// The stack in a folder.
+///
+/// # Errors
+/// What is wrong with its `stack.toml`, or with the scripts that it names.
+pub fn load_folder(folder: &Path) -> Result<StackDef, Error> {
+    load::from_folder(folder)
+}
+
+/// The stack of this name: the one in `stacks/NAME` beside the labfile, otherwise lab's own; `None` if there is none.
+pub fn find(name: &str, beside: &Path) -> Option<Result<StackDef, Error>> {
+    if !load::is_name(name) {
+        return None;
+    }
+    let folder = beside.join("stacks").join(name);
+    if folder.is_dir() { Some(load_folder(&folder)) } else { own(name) }
+}
+
+/// Lab's own stack of this name, from the binary.
+pub fn own(name: &str) -> Option<Result<StackDef, Error>> {
+    load::own_names().contains(&name).then(|| load::from_binary(name))
+}
+
+/// Names of lab's own stacks.
+pub fn own_names() -> Vec<&'static str> {
+    load::own_names()
+}
+
+/// Names of all stacks that a labfile in this folder can use.
+pub fn names(beside: &Path) -> Vec<String> {
+    let mut names: Vec<String> = own_names().into_iter().map(str::to_owned).collect();
+    for entry in std::fs::read_dir(beside.join("stacks")).into_iter().flatten().flatten() {
+        if let Ok(name) = entry.file_name().into_string()
+            && entry.path().is_dir()
+            && load::is_name(&name)
+        {
+            names.push(name);
+        }
+    }
+    names.sort();
+    names.dedup();
+    names
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn used(name: &str, folder: Option<PathBuf>, source: &str) -> Stack {
+        Stack { name: name.to_owned(), folder, source: source.to_owned(), options: BTreeMap::new() }
+    }
+
+    #[test]
+    fn own_stacks_are_right() {
+        for name in own_names() {
+            let stack = own(name).unwrap().unwrap_or_else(|wrong| panic!("{wrong}"));
+            for source in &stack.sources {
+                let loaded = load(&used(name, None, &source.name)).unwrap();
+                assert!(!loaded.steps.is_empty(), "{name} has no step for {}", source.name);
+            }
+        }
+    }
+
+    #[test]
+    fn docker_is_installed_then_started() {
+        let steps = |source| -> Vec<(String, Kind)> {
+            let stack = load(&used("docker", None, source)).unwrap();
+            stack.steps.into_iter().map(|step| (step.file, step.kind)).collect()
+        };
+        let start = ("start.sh".to_owned(), Kind::Run);
+        assert_eq!(steps("debian"), [("install-debian.sh".to_owned(), Kind::Bake), start.clone()]);
+        assert_eq!(steps("upstream"), [("install-upstream.sh".to_owned(), Kind::Bake), start]);
+    }
+
+    #[test]
+    fn a_folder_beside_the_labfile_comes_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("stacks/docker");
+        std::fs::create_dir_all(&folder).unwrap();
+        let text = "description = \"mine\"\nroles = [\"worker\"]\n[[source]]\nname = \"here\"\ndescription = \"x\"\n\
+                    [[step]]\nname = \"one\"\nkind = \"run\"\nscript = \"one.sh\"\n";
+        std::fs::write(folder.join("stack.toml"), text).unwrap();
+        std::fs::write(folder.join("one.sh"), "echo one\n").unwrap();
+        let stack = find("docker", dir.path()).unwrap().unwrap();
+        assert_eq!(stack.description, "mine");
+        assert_eq!((stack.steps[0].limit_s, stack.steps[0].ready_limit_s), (600, 120));
+        assert!(stack.applies_to("worker") && !stack.applies_to("master"));
+        let again = load(&used("docker", stack.folder.clone(), "here")).unwrap();
+        assert_eq!(again, stack);
+        assert!(names(dir.path()).contains(&"docker".to_owned()));
+        assert!(find("../docker", dir.path()).is_none() && find("nothing", dir.path()).is_none());
+    }
+
+    #[test]
+    fn scripts_are_shell() {
+        for stack in own_names().into_iter().map(|name| own(name).unwrap().unwrap()) {
+            for step in &stack.steps {
+                let status =
+                    std::process::Command::new("sh").args(["-n", "-c", &step.script]).status().unwrap();
+                assert!(status.success(), "{}/{}", stack.name, step.file);
+            }
+        }
+    }
+}
