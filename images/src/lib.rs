@@ -3,7 +3,11 @@
 //! provisioner's.
 
 pub mod archive;
-mod command;
+pub mod build;
+pub mod command;
+pub mod definition;
 pub mod initramfs;
 pub mod kernel;
 pub mod kernel_package;
+pub mod manifest;
+pub mod store;

@@ -101,12 +101,12 @@ impl Tree {
     }
 
     /// The kernel's release.
-    pub(crate) fn release(&self) -> &str {
+    pub fn release(&self) -> &str {
         &self.release
     }
 
     /// Files of all modules.
-    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.values().map(PathBuf::as_path)
     }
 
@@ -165,7 +165,7 @@ impl Module {
 }
 
 /// The content of a module's file, unpacked.
-pub(crate) fn unpack(path: &Path) -> Result<Vec<u8>, Error> {
+pub fn unpack(path: &Path) -> Result<Vec<u8>, Error> {
     let packed = fs::read(path).map_err(|source| Error::Read { path: path.into(), source })?;
     let corrupt = |reason: String| Error::Corrupt { path: path.into(), reason };
     let mut bytes = Vec::new();
