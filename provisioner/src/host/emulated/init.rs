@@ -5,12 +5,16 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Read},
-    net::Ipv4Addr,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{Ipv4Addr, TcpStream},
+    os::unix::{
+        fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -31,8 +35,8 @@ pub const FAILED: &str = "lab-host: failed: ";
 pub const USER: &str = "lab-host";
 /// Address of the machine on QEMU's user network (10.0.2.0/24, gateway .2, name server .3).
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// Written to, makes the machine stop.
-pub const STOP: &str = "/run/lab-host/stop";
+/// Socket for orders, one line a connection, answered with `done`: see [`order`].
+const ORDERS: &str = "/run/lab-host/orders";
 
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
@@ -41,14 +45,18 @@ const RUN: &str = "/run/lab-host";
 const READ_ONLY: [&str; 8] = ["/usr", "/etc", "/boot", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
 /// How long processes get to end before they are killed.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// How long the SSH server may take to listen.
+const SERVER_LIMIT: Duration = Duration::from_secs(20);
 /// Set when the machine has been told to stop, so that nothing is started again.
 static STOPPING: AtomicBool = AtomicBool::new(false);
 
 /// What init has to know; a file whose path is its argument.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct InitConfig {
-    /// Kernel modules in the order of their loading.
-    pub modules: Vec<PathBuf>,
+    /// Kernel modules that commands need, in the order of their loading.
+    pub first: Vec<PathBuf>,
+    /// Kernel modules that are loaded while commands can come in already.
+    pub later: Vec<PathBuf>,
     /// User that commands run as.
     pub uid: u32,
     /// That user's group.
@@ -106,29 +114,25 @@ fn serve(config: &Path) -> Result<(), Error> {
     let bytes = fs::read(config).map_err(failed(format!("read {}", config.display())))?;
     let config: InitConfig = serde_json::from_slice(&bytes).map_err(failed("its configuration"))?;
     mounts(&config)?;
-    for module in &config.modules {
+    for module in &config.first {
         load(module).map_err(failed(format!("load {}", module.display())))?;
     }
-    devices()?;
+    open_device("/dev/kvm").map_err(failed("QEMU emulates no SVM here: /dev/kvm"))?;
     settings()?;
     network()?;
     accounts(&config)?;
     let limit = rustix::process::Rlimit { current: Some(1024), maximum: Some(1 << 19) };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).map_err(failed("setrlimit"))?;
 
-    rustix::fs::mknodat(rustix::fs::CWD, STOP, rustix::fs::FileType::Fifo, 0o600.into(), 0)
-        .map_err(failed(STOP))?;
-    chown(STOP, Some(config.uid), Some(config.gid)).map_err(failed(STOP))?;
+    let orders = UnixListener::bind(ORDERS).map_err(failed(ORDERS))?;
+    fs::set_permissions(ORDERS, fs::Permissions::from_mode(0o600)).map_err(failed(ORDERS))?;
+    chown(ORDERS, Some(config.uid), Some(config.gid)).map_err(failed(ORDERS))?;
+    thread::Builder::new().name("orders".into()).spawn(|| obey(orders)).map_err(failed("start a thread"))?;
+    let later_modules = config.later.clone();
     let mut server = start_server(&config)?;
-    std::thread::Builder::new()
-        .name("stop".into())
-        .spawn(|| {
-            // Opening waits for a writer. Whatever happens to the pipe, it means the end.
-            let _ = File::open(STOP).and_then(|mut pipe| pipe.read(&mut [0; 1]));
-            stop()
-        })
-        .map_err(failed("start a thread"))?;
+    wait_for_server()?;
     println!("{READY}");
+    thread::Builder::new().name("later".into()).spawn(move || later(&later_modules)).map_err(failed("start a thread"))?;
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
             Ok(Some((pid, _))) if pid == Pid::from_child(&server) && !STOPPING.load(Ordering::SeqCst) => {
@@ -136,7 +140,7 @@ fn serve(config: &Path) -> Result<(), Error> {
                 server = start_server(&config)?;
             }
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::CHILD) if STOPPING.load(Ordering::SeqCst) => std::thread::park(),
+            Err(rustix::io::Errno::CHILD) if STOPPING.load(Ordering::SeqCst) => thread::park(),
             Err(errno) => return Err(Error { what: "wait for processes".into(), source: errno.into() }),
         }
     }
@@ -205,18 +209,82 @@ fn load(module: &Path) -> io::Result<()> {
     }
 }
 
-/// Devices that every user may use, as on a desktop.
-fn devices() -> Result<(), Error> {
-    for device in ["/dev/kvm", "/dev/net/tun", "/dev/vhost-vsock"] {
-        match fs::set_permissions(device, fs::Permissions::from_mode(0o666)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(device)(error)),
-            _ => {}
+/// Loads what nobody waits for.
+fn later(modules: &[PathBuf]) {
+    for module in modules {
+        if let Err(error) = load(module) {
+            println!("lab-host: no module {}: {error}", module.display());
         }
     }
-    if !Path::new("/dev/kvm").exists() {
-        return Err(Error { what: "no /dev/kvm: QEMU emulates no SVM here".into(), source: io::ErrorKind::NotFound.into() });
+    for device in ["/dev/net/tun", "/dev/vhost-vsock"] {
+        if let Err(error) = open_device(device) {
+            println!("lab-host: {device}: {error}");
+        }
     }
-    Ok(())
+}
+
+/// Lets every user use a device, as on a desktop.
+fn open_device(path: &str) -> io::Result<()> {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666))
+}
+
+/// Waits until the SSH server takes connections, so that nobody outside has to try again.
+fn wait_for_server() -> Result<(), Error> {
+    let end = Instant::now() + SERVER_LIMIT;
+    loop {
+        match TcpStream::connect((ADDRESS, 22)) {
+            Ok(_) => return Ok(()),
+            Err(_) if Instant::now() < end => thread::sleep(Duration::from_millis(10)),
+            Err(error) => return Err(failed("the SSH server takes no connections")(error)),
+        }
+    }
+}
+
+/// Asks the machine's first process for something, and waits until it is done:
+/// - `refresh`: look again at files of the real machine that nobody has open in here;
+/// - `address A.B.C.D`: one more address to listen on;
+/// - `stop`: end the machine, once this has been answered.
+pub fn order(order: &str) -> io::Result<()> {
+    let mut stream = UnixStream::connect(ORDERS)?;
+    stream.set_read_timeout(Some(SERVER_LIMIT))?;
+    writeln!(stream, "{order}")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    if answer == "done\n" { Ok(()) } else { Err(io::Error::other(answer.trim().to_string())) }
+}
+
+fn obey(orders: UnixListener) {
+    for stream in orders.incoming() {
+        let mut line = String::new();
+        let Ok(mut stream) = stream else { continue };
+        let read = stream
+            .set_read_timeout(Some(Duration::from_secs(5)))
+            .and_then(|()| BufReader::new((&stream).take(256)).read_line(&mut line));
+        let answer = match read.and_then(|_| carry_out(line.trim())) {
+            Ok(()) => "done".into(),
+            Err(error) => error.to_string(),
+        };
+        // Who does not wait for the answer does not need it.
+        let _ = writeln!(stream, "{answer}");
+        if line.trim() == "stop" {
+            stop();
+        }
+    }
+}
+
+fn carry_out(order: &str) -> io::Result<()> {
+    match order.split_once(' ') {
+        None if order == "stop" => Ok(()),
+        // Names and attributes are remembered for a day, which spares nearly all questions to the real machine; this
+        // forgets those that are not in use.
+        None if order == "refresh" => fs::write("/proc/sys/vm/drop_caches", "2"),
+        Some(("address", address)) => {
+            let address: Ipv4Addr = address.parse().map_err(io::Error::other)?;
+            let netlink = Netlink::open()?;
+            netlink.add_address(netlink.index("lo")?, address, 32)
+        }
+        _ => Err(io::Error::other(format!("unknown order {order:?}"))),
+    }
 }
 
 fn settings() -> Result<(), Error> {
@@ -256,7 +324,7 @@ fn accounts(config: &InitConfig) -> Result<(), Error> {
         .write(true)
         .mode(0o600)
         .open(&keys)
-        .and_then(|mut file| io::Write::write_all(&mut file, format!("{}\n", config.authorized_key.trim()).as_bytes()))
+        .and_then(|mut file| writeln!(file, "{}", config.authorized_key.trim()))
         .map_err(failed(&keys))?;
     for path in [&home, &format!("{home}/.ssh"), &keys] {
         chown(path, Some(config.uid), Some(config.gid)).map_err(failed(path))?;
@@ -300,7 +368,7 @@ fn stop() -> ! {
         let _ = rustix::process::kill_process_group(Pid::INIT, signal);
         let end = Instant::now() + STOP_LIMIT;
         while others() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
     }
     power_off()
@@ -321,6 +389,6 @@ fn power_off() -> ! {
     let error = rustix::system::reboot(RebootCommand::PowerOff);
     println!("{FAILED}the machine does not stop: {error:?}");
     loop {
-        std::thread::park();
+        thread::park();
     }
 }

@@ -1,0 +1,184 @@
+//! A carried command, as seen from inside the emulated host: started as it was asked for outside, interrupted when
+//! nobody listens to it any more, and its end reported with what runs after it.
+
+use std::{
+    ffi::OsString,
+    io::{Read, Seek, Write},
+    os::unix::process::{CommandExt, ExitStatusExt},
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    time::{Duration, Instant},
+};
+
+use lab_net::config::Forward;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open},
+};
+
+use super::{
+    Error, VERSION,
+    carry::{Answer, Report, Request, SEQUENCE},
+    files::{Files, lock_within},
+    init,
+};
+use crate::{control, json_file, paths::Paths, state};
+
+/// How long an interrupted command may take before it is told more firmly, and for how long then.
+const LIMITS: [(Signal, Duration); 3] = [
+    (Signal::INT, Duration::from_secs(60)),
+    (Signal::TERM, Duration::from_secs(10)),
+    (Signal::KILL, Duration::from_secs(10)),
+];
+
+/// Runs the request of a file and writes the answer beside it.
+pub fn run(path: &Path) -> Result<u8, Error> {
+    // What has changed outside since the last command must be seen.
+    init::order("refresh").map_err(|source| Error::Io { what: "cannot reach the first process".into(), source })?;
+    let request: Request = json_file::read(path)?.ok_or_else(|| Error::Lost(", since its request is gone".into()))?;
+    let mut ended = Ok(0);
+    if request.v != VERSION {
+        ended = Err("it was started by another version of lab: `lab host stop` it, then run the command again".into());
+    } else if let Some((program, arguments)) = request.command.split_first() {
+        ended = execute(&request, program, arguments).map_err(|error| error.to_string());
+    }
+    let report = report(&Paths::from_env()?)?;
+    let status = *ended.as_ref().unwrap_or(&1);
+    json_file::write(&path.with_extension("answer"), &Answer { ended, report })?;
+    Ok(status)
+}
+
+fn execute(request: &Request, program: &OsString, arguments: &[OsString]) -> Result<u8, Error> {
+    let folder = PathBuf::from(&request.folder);
+    if !folder.is_dir() {
+        return Err(Error::Folder(folder));
+    }
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(request.umask));
+    // In a terminal, its signals come to the command by themselves, and must not end this process before it.
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGQUIT, signal_hook::consts::SIGHUP] {
+        // SAFETY: the handler does nothing, so it is async-signal-safe. Unlike "ignore", it is not inherited.
+        unsafe { signal_hook::low_level::register(signal, || ()) }
+            .map_err(|source| Error::Io { what: "cannot handle signals".into(), source })?;
+    }
+    let mut command = Command::new(program);
+    command.args(arguments).current_dir(folder).env_clear().envs(request.environment.iter().cloned());
+    if !request.terminal {
+        command.process_group(0);
+    }
+    let mut child = command.spawn().map_err(|source| Error::Program { program: program.into(), source })?;
+    wait(&mut child, !request.terminal)
+}
+
+/// Waits for the command's end. Once nobody reads our standard output any more, the connection is gone.
+fn wait(child: &mut Child, own_group: bool) -> Result<u8, Error> {
+    let io = |source| Error::Io { what: "cannot wait for the command".into(), source };
+    let pid = Pid::from_child(child);
+    let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(|e| io(e.into()))?;
+    let stdout = std::io::stdout();
+    let mut limits = LIMITS.into_iter();
+    let mut end: Option<Instant> = None;
+    loop {
+        if let Some(status) = child.try_wait().map_err(io)? {
+            let signal = status.signal().and_then(|signal| u8::try_from(signal).ok());
+            let code = status.code().and_then(|code| u8::try_from(code).ok());
+            return Ok(code.unwrap_or_else(|| signal.unwrap_or(0).saturating_add(128)));
+        }
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        if left.is_some_and(|left| left.is_zero()) {
+            let Some((signal, limit)) = limits.next() else {
+                return Err(Error::Failed { what: "the command", said: "it cannot be ended".into() });
+            };
+            // It may have ended just now. A command in a terminal shares our group.
+            let _ = if own_group {
+                kill_process_group(pid, signal)
+            } else {
+                rustix::process::kill_process(pid, signal)
+            };
+            end = Some(Instant::now() + limit);
+            continue;
+        }
+        let mut waits = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&stdout, PollFlags::empty())];
+        let watched = if end.is_none() { 2 } else { 1 };
+        let timeout = left.map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
+        match poll(waits.get_mut(..watched).unwrap_or_default(), timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(io(errno.into())),
+        }
+        let gone = waits.get(1).is_some_and(|wait| wait.revents().intersects(PollFlags::ERR | PollFlags::HUP));
+        if end.is_none() && gone {
+            end = Some(Instant::now());
+        }
+    }
+}
+
+/// What is running, numbered.
+fn report(paths: &Paths) -> Result<Report, Error> {
+    let path = Files::new(paths).dir.join(SEQUENCE);
+    let io = |source| Error::Io { what: format!("cannot use {}", path.display()), source };
+    // The number is taken before looking, so that what a greater number saw is not older.
+    let mut lock = lock_within(&path, false, Duration::from_secs(30), || ()).map_err(io)?
+        .ok_or(Error::Busy("reports what runs in the emulated host"))?;
+    let mut text = String::new();
+    lock.read_to_string(&mut text).map_err(io)?;
+    let sequence = text.trim().parse::<u64>().unwrap_or(0).saturating_add(1);
+    lock.rewind().and_then(|()| write!(lock, "{sequence}")).map_err(io)?;
+
+    let mut report = Report { sequence, ..Report::default() };
+    for name in state::labs(paths) {
+        let lab = paths.lab(&name);
+        if state::is_running(&lab) {
+            report.labs.push(name);
+        }
+        if state::net_is_running(&lab)
+            && let Ok(status) = control::net_status(&lab.net_control())
+        {
+            report.forwards.extend(status.forwards);
+        }
+    }
+    for address in addresses(&report.forwards) {
+        init::order(&format!("address {address}"))
+            .map_err(|source| Error::Io { what: format!("cannot listen on {address}"), source })?;
+    }
+    Ok(report)
+}
+
+/// Addresses of the real machine's that forwards listen on, which the emulated one does not have by itself.
+fn addresses(forwards: &[Forward]) -> Vec<std::net::Ipv4Addr> {
+    let mut found: Vec<_> = forwards
+        .iter()
+        .map(|forward| forward.bind)
+        .filter(|bind| !bind.is_loopback() && !bind.is_unspecified() && *bind != init::ADDRESS)
+        .collect();
+    found.sort();
+    found.dedup();
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_s_end_is_told() {
+        let run = |script: &str| {
+            let mut child = Command::new("sh").args(["-c", script]).process_group(0).spawn().unwrap();
+            wait(&mut child, true).unwrap()
+        };
+        assert_eq!(run("exit 0"), 0);
+        assert_eq!(run("exit 255"), 255);
+        assert_eq!(run("kill -TERM $$"), 128 + 15);
+    }
+
+    #[test]
+    fn addresses_are_those_of_the_real_machine() {
+        let forward = |bind: [u8; 4]| Forward {
+            bind: bind.into(),
+            host_port: 1,
+            guest_ip: [10, 0, 0, 1].into(),
+            guest_port: 1,
+            protocol: lab_net::config::Protocol::Tcp,
+        };
+        let all = [forward([127, 0, 0, 1]), forward([0; 4]), forward([192, 168, 7, 1]), forward([192, 168, 7, 1])];
+        assert_eq!(addresses(&all), [std::net::Ipv4Addr::new(192, 168, 7, 1)]);
+    }
+}
