@@ -108,3 +108,27 @@ pub struct ConsoleConfig {
     #[serde(default)]
     pub stdio: bool,
 }
+
+/// CPUs that a machine may have.
+pub const CPUS: std::ops::RangeInclusive<u8> = 1..=32;
+/// Memory that a machine may have, in MiB.
+pub const MEMORY_MIB: std::ops::RangeInclusive<u64> = 32..=65536;
+
+impl VmConfig {
+    /// Whether such a machine can be; if not, what is wrong. Files and sockets are not looked at.
+    pub fn check(&self) -> Result<(), String> {
+        if !CPUS.contains(&self.cpus) {
+            return Err(format!("{} CPUs: a machine has {} to {}", self.cpus, CPUS.start(), CPUS.end()));
+        }
+        if !MEMORY_MIB.contains(&self.memory_mib) {
+            let (low, high) = (MEMORY_MIB.start(), MEMORY_MIB.end());
+            return Err(format!("{} MiB of memory: a machine has {low} to {high}", self.memory_mib));
+        }
+        if let Some(vsock) = &self.vsock
+            && (vsock.cid < 3 || vsock.cid == u32::MAX)
+        {
+            return Err(format!("vsock context id {}: a guest's is 3 to {}", vsock.cid, u32::MAX - 1));
+        }
+        Ok(())
+    }
+}

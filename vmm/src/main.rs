@@ -1,2 +1,80 @@
-//! The lab-vmm command.
-fn main() {}
+//! The lab-vmm command: see `lab-vmm --help`.
+
+use std::{
+    ffi::OsString,
+    io::Write,
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    process::{Command, ExitCode},
+    time::{Duration, Instant},
+};
+
+use clap::Parser;
+use lab_vmm::{cli::Cli, config::VmConfig, ending::End, lock::Lock, machine::Machine};
+use rustix::fs::{MemfdFlags, Mode, memfd_create};
+
+/// A reset so soon after the start is one that a broken guest repeats for ever.
+const QUICK: Duration = Duration::from_secs(2);
+/// Resets of that kind, in a row, after which the machine is given up.
+const QUICK_RESETS_MAX: u32 = 10;
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    // Sockets, logs and locks are for the user alone.
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    let cli = Cli::parse();
+    match run(&cli, started) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-vmm: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: &Cli, started: Instant) -> Result<(), Box<dyn std::error::Error>> {
+    let config = cli.machine()?;
+    let lock = match &config.lock {
+        Some(path) => Some(Lock::take(path, cli.lock_fd)?),
+        None => None,
+    };
+    let name = config.name.clone();
+    let end = Machine::new(config.clone(), started)?.run()?;
+    match end {
+        End::PowerOff | End::Killed | End::Failed(_) => return Ok(()),
+        End::Reset => eprintln!("lab-vmm: {name}: the guest resets"),
+        End::TripleFault => {
+            eprintln!("lab-vmm: {name}: the guest's CPU shut down (triple fault); the guest starts anew")
+        }
+    }
+    let quick = if started.elapsed() < QUICK { cli.quick_resets + 1 } else { 0 };
+    if quick >= QUICK_RESETS_MAX {
+        let limit = QUICK.as_secs();
+        return Err(format!(
+            "{name}: the guest was reset {quick} times in a row within {limit} s of its start: it cannot boot; its \
+             console log may say why"
+        )
+        .into());
+    }
+    Err(start_anew(&config, lock.as_ref(), quick)?.into())
+}
+
+/// Replace this process by itself, with the same configuration and the same lock. Returns only what went wrong.
+fn start_anew(
+    config: &VmConfig,
+    lock: Option<&Lock>,
+    quick_resets: u32,
+) -> Result<std::io::Error, Box<dyn std::error::Error>> {
+    // The file that the configuration came from may be another one by now.
+    let mut file = std::fs::File::from(memfd_create("lab-vmm-config", MemfdFlags::empty())?);
+    file.write_all(&serde_json::to_vec(config)?)?;
+    let mut command = Command::new("/proc/self/exe");
+    if let Some(name) = std::env::args_os().next() {
+        command.arg0(name);
+    }
+    command.args([OsString::from("--config"), format!("/proc/self/fd/{}", file.as_raw_fd()).into()]);
+    command.args(["--quick-resets".into(), quick_resets.to_string()]);
+    if let Some(lock) = lock {
+        command.args(["--lock-fd".into(), lock.keep_across_exec()?.to_string()]);
+    }
+    Ok(command.exec())
+}

@@ -8,6 +8,7 @@ pub mod common_config;
 pub mod console;
 pub mod counters;
 pub mod entropy;
+pub mod net;
 mod queue;
 #[cfg(test)]
 mod testing;

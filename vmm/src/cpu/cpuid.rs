@@ -1,0 +1,167 @@
+//! CPUID: everything that KVM supports, with this machine's topology, and without a PMU.
+//!
+//! The guest sees one package of N cores of one thread each; the APIC id of core i is i.
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
+use kvm_ioctls::{Cap, Kvm};
+
+/// What a CPU of this host can be, before it is told which CPU of the guest it is.
+pub struct Template(CpuId);
+
+impl Template {
+    /// Ask KVM.
+    pub fn new(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
+        let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        for entry in cpuid.as_mut_slice() {
+            common(entry, tsc_deadline);
+        }
+        Ok(Self(cpuid))
+    }
+
+    /// Bits of a physical address.
+    pub fn physical_bits(&self) -> u32 {
+        self.0.as_slice().iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff)
+    }
+
+    /// CPUID of CPU `index` of `count`.
+    pub fn cpu(&self, index: u8, count: u8) -> Result<CpuId, kvm_ioctls::Error> {
+        let mut entries = Vec::with_capacity(self.0.as_slice().len());
+        for entry in self.0.as_slice() {
+            // These leaves are made whole below.
+            if !matches!(entry.function, 0xb | 0x1f) {
+                let mut entry = *entry;
+                topology(&mut entry, index, count);
+                entries.push(entry);
+            }
+        }
+        let highest = entries.iter().find(|e| e.function == 0).map_or(0, |e| e.eax);
+        for leaf in [0xb, 0x1f].into_iter().filter(|leaf| *leaf <= highest) {
+            entries.extend(extended_topology(leaf, index, count));
+        }
+        CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
+    }
+}
+
+/// Bits of an APIC id that count the cores of the package.
+fn core_bits(count: u8) -> u32 {
+    u32::from(count.max(1)).next_power_of_two().trailing_zeros()
+}
+
+fn set(register: &mut u32, bit: u32, on: bool) {
+    *register = *register & !(1 << bit) | u32::from(on) << bit;
+}
+
+/// What is the same for every CPU of the machine.
+fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
+    match entry.function {
+        1 => {
+            set(&mut entry.ecx, 24, tsc_deadline);
+            // Runs under a hypervisor.
+            set(&mut entry.ecx, 31, true);
+            // No performance monitoring (PDCM): a guest would only start its NMI watchdog with it.
+            set(&mut entry.ecx, 15, false);
+        }
+        // Performance monitoring: none, neither Intel's nor AMD's.
+        0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        0x8000_0001 => {
+            set(&mut entry.ecx, 23, false);
+            set(&mut entry.ecx, 24, false);
+            set(&mut entry.ecx, 28, false);
+        }
+        _ => {}
+    }
+}
+
+/// Where the CPU stands in the machine.
+fn topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
+    let many = count > 1;
+    match entry.function {
+        1 => {
+            let logical = 1 << core_bits(count);
+            entry.ebx = entry.ebx & 0xffff | u32::from(index) << 24 | logical << 16;
+            set(&mut entry.edx, 28, many);
+        }
+        // Intel's caches: shared by one thread up to level 2, by the package from level 3; cores in the package.
+        4 if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 7;
+            let cores = (1u32 << core_bits(count)) - 1;
+            let sharing = if level >= 3 { cores } else { 0 };
+            entry.eax = entry.eax & 0x3fff | cores << 26 | sharing << 14;
+        }
+        // AMD's caches, the same.
+        0x8000_001d if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 { u32::from(count) - 1 } else { 0 };
+            entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
+        }
+        0x8000_0001 => {
+            // AMD: core multiprocessing, with legacy ids; topology extensions stay as KVM has them.
+            set(&mut entry.ecx, 1, many);
+        }
+        0x8000_0008 => entry.ecx = core_bits(count) << 12 | (u32::from(count) - 1),
+        // AMD: APIC id, core id with one thread each, node 0 of 1.
+        0x8000_001e => {
+            entry.eax = index.into();
+            entry.ebx = index.into();
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// The leaves 0xB and 0x1F: level 0 is the thread (one), level 1 the core.
+fn extended_topology(leaf: u32, index: u8, count: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |number: u32, kind: u32, shift: u32, cpus: u32| kvm_cpuid_entry2 {
+        function: leaf,
+        index: number,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: shift,
+        ebx: cpus,
+        ecx: number | kind << 8,
+        edx: index.into(),
+        ..Default::default()
+    };
+    [level(0, 1, 0, 1), level(1, 2, core_bits(count), count.into()), level(2, 0, 0, 0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(function: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 {
+            function,
+            eax: u32::MAX,
+            ebx: u32::MAX,
+            ecx: u32::MAX,
+            edx: u32::MAX,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn a_cpu_knows_its_place() {
+        let mut one = entry(1);
+        topology(&mut one, 5, 6);
+        assert_eq!(one.ebx >> 24, 5);
+        assert_eq!(one.ebx >> 16 & 0xff, 8, "room for 6 cores");
+        assert_ne!(one.edx & 1 << 28, 0);
+        let mut alone = entry(1);
+        topology(&mut alone, 0, 1);
+        assert_eq!(alone.edx & 1 << 28, 0, "no HTT with one CPU");
+        let levels = extended_topology(0xb, 5, 6);
+        assert_eq!((levels[1].eax, levels[1].ebx, levels[1].edx), (3, 6, 5));
+        assert_eq!(levels[2].ecx >> 8, 0, "the last level ends the list");
+    }
+
+    #[test]
+    fn there_is_no_pmu() {
+        let mut leaf = entry(0xa);
+        common(&mut leaf, true);
+        assert_eq!((leaf.eax, leaf.edx), (0, 0));
+        let mut one = entry(1);
+        common(&mut one, false);
+        assert_eq!((one.ecx >> 31, one.ecx >> 24 & 1, one.ecx >> 15 & 1), (1, 0, 0));
+    }
+}

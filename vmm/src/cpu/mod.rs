@@ -1,0 +1,189 @@
+//! Virtual CPUs: one thread each, which runs the guest and serves its exits. What a CPU is (`cpuid`) and where it
+//! starts (`registers`) are beside it.
+
+pub mod cpuid;
+pub mod registers;
+
+use std::{
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind},
+    ptr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering, fence},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::{bus::Bus, ending::Ending};
+
+/// Why a CPU cannot be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM refused.
+    #[error("KVM cannot {action}: {source}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// A model-specific register cannot be set.
+    #[error("KVM does not let model-specific register {0:#x} be set")]
+    Msr(u32),
+    /// Guest memory ends before the GDT.
+    #[error("cannot write the boot CPU's descriptor table: {0}")]
+    Memory(vm_memory::GuestMemoryError),
+    /// No thread.
+    #[error("cannot start a CPU's thread: {0}")]
+    Thread(std::io::Error),
+    /// A CPU did not stop.
+    #[error("CPU {0} did not stop within {1} s: it was last seen inside KVM")]
+    Stuck(usize, u64),
+}
+
+impl Error {
+    /// For `map_err`.
+    pub fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { action, source }
+    }
+}
+
+/// How long a CPU may take to leave KVM when told to stop.
+const STOP_LIMIT: Duration = Duration::from_secs(10);
+
+/// What the CPUs count.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Exits to user space.
+    pub exits: AtomicU64,
+    /// Microseconds from process start to the boot CPU's first KVM_RUN.
+    pub first_run_us: AtomicU64,
+}
+
+/// All running CPUs.
+pub struct Cpus {
+    threads: Vec<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+/// What the CPU threads share.
+#[derive(Clone)]
+pub struct Surroundings {
+    /// Where their accesses go.
+    pub bus: Arc<Bus>,
+    /// Where they say that the machine ends.
+    pub ending: Arc<Ending>,
+    /// What they count.
+    pub counters: Arc<Counters>,
+    /// When the process started.
+    pub started: Instant,
+}
+
+thread_local! {
+    /// `kvm_run.immediate_exit` of this thread's CPU.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+/// A kick: whatever the thread is doing, its next (or current) KVM_RUN returns at once.
+extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: `run` sets the pointer to a byte of the mapped kvm_run and clears it before the mapping goes; the
+        // handler runs in the same thread.
+        unsafe { ptr::write_volatile(flag, 1) };
+        fence(Ordering::SeqCst);
+    }
+}
+
+impl Cpus {
+    /// Run the machine: every CPU in a thread of its own.
+    pub fn start(cpus: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, Error> {
+        register_signal_handler(SIGRTMIN(), kicked).map_err(|e| Error::Thread(e.into()))?;
+        let mut started = Self { threads: Vec::with_capacity(cpus.len()), stop: Arc::default() };
+        for (index, mut cpu) in cpus.into_iter().enumerate() {
+            let (around, stop) = (around.clone(), started.stop.clone());
+            let body = move || {
+                let run = AssertUnwindSafe(|| run(index, &mut cpu, &around, &stop));
+                if catch_unwind(run).is_err() {
+                    around.ending.fail(format!("CPU {index}'s thread panicked: a bug in lab-vmm"));
+                }
+                IMMEDIATE_EXIT.set(ptr::null_mut());
+            };
+            let spawned =
+                thread::Builder::new().name(format!("cpu{index}")).stack_size(256 << 10).spawn(body);
+            started.threads.push(spawned.map_err(Error::Thread)?);
+        }
+        Ok(started)
+    }
+
+    /// Make every CPU leave the guest, and end its thread.
+    pub fn stop(self) -> Result<(), Error> {
+        self.stop.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + STOP_LIMIT;
+        for (index, thread) in self.threads.into_iter().enumerate() {
+            let mut pause = Duration::from_micros(20);
+            while !thread.is_finished() {
+                // The thread may have ended meanwhile: then there is nobody to kick.
+                let _ = thread.kill(SIGRTMIN());
+                if Instant::now() > deadline {
+                    return Err(Error::Stuck(index, STOP_LIMIT.as_secs()));
+                }
+                thread::park_timeout(pause);
+                pause = (pause * 2).min(Duration::from_millis(5));
+            }
+            // It catches its panics.
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+}
+
+/// Run the guest until the machine ends.
+fn run(index: usize, cpu: &mut VcpuFd, around: &Surroundings, stop: &AtomicBool) {
+    IMMEDIATE_EXIT.set(&raw mut cpu.get_kvm_run().immediate_exit);
+    let counters = &around.counters;
+    if index == 0 {
+        counters.first_run_us.store(around.started.elapsed().as_micros() as u64, Ordering::Relaxed);
+    }
+    while !stop.load(Ordering::SeqCst) && !around.ending.is_decided() {
+        match cpu.run() {
+            Ok(VcpuExit::IoOut(port, data)) => around.bus.io_write(port, data),
+            Ok(VcpuExit::IoIn(port, data)) => around.bus.io_read(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => around.bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => around.bus.mmio_write(address, data),
+            Ok(VcpuExit::Shutdown) => around.ending.triple_fault(),
+            Ok(VcpuExit::InternalError) => around.ending.fail(internal_error(index, cpu)),
+            Ok(VcpuExit::FailEntry(reason, _)) => around
+                .ending
+                .fail(format!("CPU {index} cannot enter the guest: the processor says {reason:#x}")),
+            Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => {}
+            Ok(other) => {
+                let message = format!("CPU {index} left the guest for a reason not known here: {other:?}");
+                around.ending.fail(message);
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                cpu.set_kvm_immediate_exit(0);
+                continue;
+            }
+            Err(error) => around.ending.fail(format!("CPU {index} cannot run: {error}")),
+        }
+        counters.exits.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// What KVM could not do, and what to do about it.
+fn internal_error(index: usize, cpu: &mut VcpuFd) -> String {
+    let place =
+        cpu.get_regs().map_or_else(|_| "an unknown address".into(), |regs| format!("{:#x}", regs.rip));
+    // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, whose member of the union this is; it is plain data.
+    let suberror = unsafe { cpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
+    format!(
+        "KVM gave up on CPU {index} at {place} (internal error {suberror}): it could not run an instruction of the \
+         guest's kernel; if this happens with every kernel, this host's /dev/kvm is not fit for them: run `lab doctor`"
+    )
+}

@@ -1,0 +1,324 @@
+//! One machine, from its configuration to its end: puts the parts together, and runs the main loop beside the CPUs.
+
+use std::{
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    sync::{Arc, atomic::Ordering},
+    thread,
+    time::Instant,
+};
+
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::{
+    acpi, boot,
+    bus::Bus,
+    config::VmConfig,
+    console::{self, Hub},
+    control::{Action, Reply, Stats, Status},
+    control_socket::ControlSocket,
+    cpu::{self, Counters, Cpus, Surroundings, cpuid},
+    devices::{self, Devices},
+    ending::{End, Ending},
+    layout, memory,
+    notify::Notify,
+    pci::wires::KvmWires,
+    platform::{Line, Platform},
+    signals::Signals,
+    socket,
+};
+
+/// Why a machine cannot be made or run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration asks for what there is not.
+    #[error("{0}")]
+    Config(String),
+    /// There is no KVM.
+    #[error("cannot use /dev/kvm: {0}; `lab doctor` says what to do")]
+    NoKvm(kvm_ioctls::Error),
+    /// KVM refused.
+    #[error("KVM cannot {action}: {source}")]
+    Kvm {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
+    /// The host refused something small.
+    #[error("cannot {action}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// Guest memory.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Kernel, initrds, command line.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// ACPI tables.
+    #[error("cannot write the ACPI tables into guest memory: {0}")]
+    Acpi(vm_memory::GuestMemoryError),
+    /// CPUs.
+    #[error(transparent)]
+    Cpu(#[from] cpu::Error),
+    /// Console.
+    #[error(transparent)]
+    Console(#[from] console::Error),
+    /// Control or notification socket.
+    #[error(transparent)]
+    Socket(#[from] socket::Error),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] devices::Error),
+    /// It ran, and cannot go on.
+    #[error("{0}")]
+    Failed(String),
+}
+
+fn kvm(action: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
+    move |source| Error::Kvm { action, source }
+}
+
+fn io(action: &'static str) -> impl Fn(std::io::Error) -> Error {
+    move |source| Error::Io { action, source }
+}
+
+/// A machine whose CPUs have not started.
+pub struct Machine {
+    config: VmConfig,
+    started: Instant,
+    ending: Arc<Ending>,
+    signals: Signals,
+    bus: Arc<Bus>,
+    cpus: Vec<VcpuFd>,
+    counters: Arc<Counters>,
+    devices: Devices,
+    hub: Hub,
+    control: Option<ControlSocket>,
+    notify: Option<Notify>,
+    /// Kept until the CPUs have stopped and the machine is gone.
+    _vm: Arc<VmFd>,
+    _memory: GuestMemoryMmap,
+}
+
+impl Machine {
+    /// Make the machine. `started` is when the process started.
+    pub fn new(config: VmConfig, started: Instant) -> Result<Self, Error> {
+        config.check().map_err(Error::Config)?;
+        boot::check_cmdline(&config.cmdline)?;
+        let signals = Signals::new().map_err(io("wait for signals"))?;
+        let memory = memory::map(config.memory_mib)?;
+        let (loaded, rest) = thread::scope(|scope| {
+            // Reading tens of megabytes takes as long as everything else together: side by side.
+            let loader = thread::Builder::new().name("loader".into()).spawn_scoped(scope, || {
+                let kernel = boot::load_kernel(&memory, &config.kernel)?;
+                Ok((kernel, boot::load_initrds(&memory, &config.initrd)?))
+            });
+            let rest = Parts::new(&config, &memory);
+            let loaded: Result<_, boot::Error> = match loader.map_err(io("start a thread"))?.join() {
+                Ok(loaded) => loaded,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            Ok::<_, Error>((loaded, rest))
+        })?;
+        let (kernel, initrd) = loaded?;
+        let Parts { vm, cpus, bus, ending, devices, hub, control, notify, window64 } = rest?;
+        boot::describe(&memory, &kernel, initrd.as_ref(), &config.cmdline)?;
+        acpi::write(&memory, &acpi::Machine { cpus: config.cpus, window64 }).map_err(Error::Acpi)?;
+        if let Some(boot_cpu) = cpus.first() {
+            cpu::registers::set_entry(boot_cpu, &memory, &kernel.entry)?;
+        }
+        Ok(Self {
+            config,
+            started,
+            ending,
+            signals,
+            bus,
+            cpus,
+            counters: Arc::default(),
+            devices,
+            hub,
+            control,
+            notify,
+            _vm: vm,
+            _memory: memory,
+        })
+    }
+
+    /// Run until the machine ends; how it ended.
+    pub fn run(mut self) -> Result<End, Error> {
+        let around = Surroundings {
+            bus: self.bus.clone(),
+            ending: self.ending.clone(),
+            counters: self.counters.clone(),
+            started: self.started,
+        };
+        let cpus = Cpus::start(std::mem::take(&mut self.cpus), &around)?;
+        let waited = self.wait();
+        let stopped = cpus.stop();
+        // After the CPUs, so that nothing rings any more: requests under way are completed and files closed.
+        self.bus.pci.stop();
+        waited?;
+        stopped?;
+        match self.ending.end() {
+            Some(End::Failed(why)) => Err(Error::Failed(why)),
+            Some(end) => Ok(end),
+            None => Err(Error::Failed("the main loop ended before the machine: a bug in lab-vmm".into())),
+        }
+    }
+
+    /// The main loop: control socket, console, notifications and signals, until the machine ends.
+    fn wait(&mut self) -> Result<(), Error> {
+        while !self.ending.is_decided() {
+            // SAFETY: the event lives as long as `self.ending`, which is not touched while this is waited for.
+            let ending = unsafe { BorrowedFd::borrow_raw(self.ending.event().as_raw_fd()) };
+            let mut sources = vec![ending];
+            sources.push(std::os::fd::AsFd::as_fd(&self.signals));
+            self.hub.sources(&mut sources);
+            if let Some(control) = &self.control {
+                control.sources(&mut sources);
+            }
+            if let Some(notify) = &self.notify {
+                notify.sources(&mut sources);
+            }
+            let mut polled: Vec<_> =
+                sources.into_iter().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            match poll(&mut polled, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(io("wait for events")(error.into())),
+            }
+            drop(polled);
+            if self.signals.arrived() || self.hub.serve() {
+                self.ending.decide(End::Killed);
+            }
+            if let Some(notify) = &mut self.notify {
+                notify.serve();
+            }
+            if let Some(mut control) = self.control.take() {
+                control.serve(|action| self.answer(action));
+                self.control = Some(control);
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&self, action: Action) -> Reply {
+        match action {
+            Action::Status => Reply::Status(self.status()),
+            Action::Stats => Reply::Stats(Stats {
+                first_run_us: self.counters.first_run_us.load(Ordering::Relaxed),
+                exits: self.counters.exits.load(Ordering::Relaxed),
+                disks: self.devices.disks(),
+                nets: self.devices.nets(),
+            }),
+            Action::PowerButton => match self.bus.platform.press_power_button() {
+                Ok(()) => Reply::Done,
+                Err(error) => Reply::Error(format!("cannot press the power button: {error}")),
+            },
+            Action::Kill => {
+                self.ending.decide(End::Killed);
+                Reply::Done
+            }
+        }
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            name: self.config.name.clone(),
+            pid: std::process::id(),
+            cpus: self.config.cpus,
+            memory_mib: self.config.memory_mib,
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            links: self.devices.links(),
+            notified: self.notify.as_ref().map_or_else(Vec::new, |notify| notify.lines().to_vec()),
+        }
+    }
+}
+
+/// What is made while the kernel is read.
+struct Parts {
+    vm: Arc<VmFd>,
+    cpus: Vec<VcpuFd>,
+    bus: Arc<Bus>,
+    ending: Arc<Ending>,
+    devices: Devices,
+    hub: Hub,
+    control: Option<ControlSocket>,
+    notify: Option<Notify>,
+    window64: Option<(u64, u64)>,
+}
+
+impl Parts {
+    fn new(config: &VmConfig, memory: &GuestMemoryMmap) -> Result<Self, Error> {
+        let control = config.control.as_ref().map(|path| ControlSocket::new(path)).transpose()?;
+        let notify = Notify::new(config.vsock.as_ref())?;
+        let (hub, input) = Hub::new(&config.console)?;
+        let kvm_fd = Kvm::new().map_err(Error::NoKvm)?;
+        let vm = Arc::new(create_vm(&kvm_fd)?);
+        memory::register(&vm, memory)?;
+        let ending = Arc::new(Ending::new().map_err(io("make an event"))?);
+        let template = cpuid::Template::new(&kvm_fd).map_err(kvm("tell what CPUs it supports"))?;
+        let cpus = (0..config.cpus)
+            .map(|index| create_cpu(&vm, &template, index, config.cpus))
+            .collect::<Result<_, Error>>()?;
+        let platform = Platform::new(
+            Box::new(hub.output()),
+            line(&vm, layout::COM1_IRQ)?,
+            line(&vm, layout::GED_IRQ)?,
+            ending.clone(),
+        );
+        let (devices, pci) = make_devices(config, memory, &vm, &hub, input)?;
+        let window64 = (1u64 << template.physical_bits().min(52)
+            >= layout::PCI_WINDOW64 + layout::PCI_WINDOW64_SIZE)
+            .then_some((layout::PCI_WINDOW64, layout::PCI_WINDOW64_SIZE));
+        let bus = Arc::new(Bus { platform, pci: Arc::new(pci) });
+        Ok(Self { vm, cpus, bus, ending, devices, hub, control, notify, window64 })
+    }
+}
+
+fn make_devices(
+    config: &VmConfig,
+    memory: &GuestMemoryMmap,
+    vm: &Arc<VmFd>,
+    hub: &Hub,
+    input: OwnedFd,
+) -> Result<(Devices, crate::pci::PciBus), Error> {
+    let wires = Arc::new(KvmWires::new(vm.clone()));
+    Ok(Devices::new(config, memory, wires, input, Box::new(hub.output()))?)
+}
+
+/// A machine with its interrupt controllers, without a PIT.
+fn create_vm(kvm_fd: &Kvm) -> Result<VmFd, Error> {
+    let vm = loop {
+        match kvm_fd.create_vm() {
+            // A signal came in between.
+            Err(error) if error.errno() == libc::EINTR => {}
+            other => break other.map_err(kvm("create a machine"))?,
+        }
+    };
+    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP).map_err(kvm("place its identity map"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(kvm("place its task state segment"))?;
+    vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
+    Ok(vm)
+}
+
+fn create_cpu(vm: &VmFd, template: &cpuid::Template, index: u8, count: u8) -> Result<VcpuFd, Error> {
+    let cpu = vm.create_vcpu(index.into()).map_err(kvm("create a CPU"))?;
+    let cpuid = template.cpu(index, count).map_err(kvm("describe a CPU"))?;
+    cpu.set_cpuid2(&cpuid).map_err(kvm("describe a CPU"))?;
+    cpu::registers::set_msrs(&cpu)?;
+    Ok(cpu)
+}
+
+/// An input of the I/O APIC.
+fn line(vm: &VmFd, irq: u32) -> Result<Line, Error> {
+    let event = EventFd::new(EFD_NONBLOCK).map_err(io("make an event"))?;
+    vm.register_irqfd(&event, irq).map_err(kvm("join an interrupt"))?;
+    Ok(Line(event))
+}

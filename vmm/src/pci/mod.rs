@@ -1,0 +1,123 @@
+//! PCI bus 0: configuration space by ECAM (PCI Express 6.0 §7.2.2), one function a device, one 64-bit BAR a function,
+//! interrupts by MSI-X alone.
+
+pub mod config_space;
+pub mod host_bridge;
+pub mod msix;
+pub mod wires;
+
+use std::sync::{
+    Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicU64, Ordering},
+};
+
+use crate::layout::{ECAM, ECAM_SIZE};
+
+/// Most devices on the bus, host bridge included.
+pub const SLOTS: usize = 32;
+
+/// A PCI function. Offsets are within the function's 4 KiB of configuration space, or within its BAR; `data` is 1 to 8
+/// bytes and lies inside.
+pub trait Function: Send {
+    /// Read configuration space.
+    fn read_config(&mut self, offset: u16, data: &mut [u8]);
+    /// Write configuration space.
+    fn write_config(&mut self, offset: u16, data: &[u8]);
+    /// Size of its BAR in bytes; 0 if it has none.
+    fn bar_size(&self) -> u64;
+    /// Where its BAR is decoded, if it is.
+    fn bar(&self) -> Option<u64>;
+    /// Read from its BAR.
+    fn read_bar(&mut self, offset: u64, data: &mut [u8]);
+    /// Write to its BAR.
+    fn write_bar(&mut self, offset: u64, data: &[u8]);
+    /// The machine ends: stop working, put everything away.
+    fn stop(&mut self);
+}
+
+struct Slot {
+    function: Mutex<Box<dyn Function>>,
+    /// Copy of `bar()`, so that finding a BAR's owner takes no locks; NOT_DECODED if there is none.
+    bar: AtomicU64,
+    bar_size: u64,
+}
+
+const NOT_DECODED: u64 = u64::MAX;
+
+impl Slot {
+    fn function(&self) -> MutexGuard<'_, Box<dyn Function>> {
+        self.function.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bus 0.
+pub struct PciBus {
+    slots: Vec<Slot>,
+}
+
+/// What an address belongs to.
+enum Target<'a> {
+    Config(Option<&'a Slot>, u16),
+    Bar(&'a Slot, u64),
+}
+
+impl PciBus {
+    /// A bus with these functions as devices 0, 1, …; at most [`SLOTS`].
+    pub fn new(functions: Vec<Box<dyn Function>>) -> Self {
+        let slot = |function: Box<dyn Function>| Slot {
+            bar: AtomicU64::new(function.bar().unwrap_or(NOT_DECODED)),
+            bar_size: function.bar_size(),
+            function: Mutex::new(function),
+        };
+        Self { slots: functions.into_iter().take(SLOTS).map(slot).collect() }
+    }
+
+    fn find(&self, address: u64, length: usize) -> Option<Target<'_>> {
+        let end = address.checked_add(length as u64)?;
+        if (ECAM..ECAM + ECAM_SIZE).contains(&address) {
+            let offset = address - ECAM;
+            let (device, function, register) = (offset >> 15, offset >> 12 & 7, (offset & 0xfff) as u16);
+            let slot = usize::try_from(device).ok().and_then(|device| self.slots.get(device));
+            let inside = usize::from(register) + length <= 0x1000;
+            return Some(Target::Config(slot.filter(|_| function == 0 && inside), register));
+        }
+        for slot in &self.slots {
+            let bar = slot.bar.load(Ordering::Acquire);
+            if address >= bar && bar.checked_add(slot.bar_size).is_some_and(|bar_end| end <= bar_end) {
+                return Some(Target::Bar(slot, address - bar));
+            }
+        }
+        None
+    }
+
+    /// Read; whether anything is there.
+    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
+        match self.find(address, data.len()) {
+            Some(Target::Config(Some(slot), register)) => slot.function().read_config(register, data),
+            Some(Target::Config(None, _)) => data.fill(0xff),
+            Some(Target::Bar(slot, offset)) => slot.function().read_bar(offset, data),
+            None => return false,
+        }
+        true
+    }
+
+    /// Write.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        match self.find(address, data.len()) {
+            Some(Target::Config(Some(slot), register)) => {
+                let mut function = slot.function();
+                function.write_config(register, data);
+                slot.bar.store(function.bar().unwrap_or(NOT_DECODED), Ordering::Release);
+            }
+            Some(Target::Bar(slot, offset)) => slot.function().write_bar(offset, data),
+            Some(Target::Config(None, _)) | None => {}
+        }
+    }
+
+    /// The machine ends: stop every device.
+    pub fn stop(&self) {
+        for slot in &self.slots {
+            slot.function().stop();
+        }
+    }
+}

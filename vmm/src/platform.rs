@@ -1,0 +1,159 @@
+//! The few fixed registers of the machine: serial port, sleep, reset; and the power button.
+
+use std::{
+    io::{self, Write},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    ending::{End, Ending},
+    layout,
+};
+
+/// Bits of the sleep control register (ACPI 6.5 §4.8.3.7).
+const SLEEP_ENABLE: u8 = 1 << 5;
+const SLEEP_TYPE_SHIFT: u32 = 2;
+const SLEEP_TYPE_MASK: u8 = 7;
+/// "Pulse the reset line", a command of the keyboard controller.
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// An interrupt input that takes edges, joined by irqfd.
+pub struct Line(pub EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+/// The fixed registers of one machine.
+pub struct Platform {
+    serial: Mutex<Serial<Line, NoEvents, Box<dyn Write + Send>>>,
+    button: Line,
+    ending: Arc<Ending>,
+}
+
+impl Platform {
+    /// Registers whose serial port writes to `output`; `serial_line` and `button_line` raise interrupts
+    /// [`layout::COM1_IRQ`] and [`layout::GED_IRQ`].
+    pub fn new(
+        output: Box<dyn Write + Send>,
+        serial_line: Line,
+        button_line: Line,
+        ending: Arc<Ending>,
+    ) -> Self {
+        Self { serial: Mutex::new(Serial::new(serial_line, output)), button: button_line, ending }
+    }
+
+    /// Press the power button.
+    pub fn press_power_button(&self) -> io::Result<()> {
+        self.button.trigger()
+    }
+
+    /// Write a byte to a port.
+    pub fn write(&self, port: u16, value: u8) {
+        match port {
+            layout::SLEEP_CONTROL => {
+                let sleep_type = value >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK;
+                if value & SLEEP_ENABLE != 0 && sleep_type == crate::acpi::SLEEP_TYPE_S5 {
+                    self.ending.decide(End::PowerOff);
+                }
+            }
+            layout::RESET if value == layout::RESET_VALUE => self.ending.decide(End::Reset),
+            layout::KEYBOARD_COMMAND if value == KEYBOARD_RESET => self.ending.decide(End::Reset),
+            _ => {
+                if let Some(offset) = serial_register(port) {
+                    // Output that cannot be written is lost, as with a cable that is not plugged in.
+                    let _ = self.serial().write(offset, value);
+                }
+            }
+        }
+    }
+
+    /// Read a byte from a port.
+    pub fn read(&self, port: u16) -> u8 {
+        match port {
+            // Nothing to report: this machine does not wake up, it starts anew.
+            layout::SLEEP_CONTROL | layout::SLEEP_STATUS | layout::RESET => 0,
+            _ => serial_register(port).map_or(0xff, |offset| self.serial().read(offset)),
+        }
+    }
+
+    fn serial(&self) -> std::sync::MutexGuard<'_, Serial<Line, NoEvents, Box<dyn Write + Send>>> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    port.checked_sub(layout::COM1).filter(|offset| *offset < 8).map(|offset| offset as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    fn platform() -> (Platform, Arc<Ending>, Arc<Mutex<Vec<u8>>>) {
+        struct Shared(Arc<Mutex<Vec<u8>>>);
+        impl Write for Shared {
+            fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+                self.0.lock().unwrap().extend_from_slice(data);
+                Ok(data.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (ending, output) = (Arc::new(Ending::new().unwrap()), Arc::new(Mutex::new(Vec::new())));
+        let line = || Line(EventFd::new(EFD_NONBLOCK).unwrap());
+        let platform = Platform::new(Box::new(Shared(output.clone())), line(), line(), ending.clone());
+        (platform, ending, output)
+    }
+
+    #[test]
+    fn only_s5_switches_off() {
+        let (platform, ending, _) = platform();
+        for value in (0..=255).filter(|v| *v & 0x3c != 0x34) {
+            platform.write(layout::SLEEP_CONTROL, value);
+        }
+        assert_eq!(ending.end(), None);
+        platform.write(layout::SLEEP_CONTROL, 0x34);
+        assert_eq!(ending.end(), Some(End::PowerOff));
+    }
+
+    #[test]
+    fn reset_register_and_keyboard_controller_reset() {
+        for (port, value) in [(layout::RESET, layout::RESET_VALUE), (0x64, 0xfe)] {
+            let (platform, ending, _) = platform();
+            platform.write(port, 0);
+            assert_eq!(ending.end(), None);
+            platform.write(port, value);
+            assert_eq!(ending.end(), Some(End::Reset));
+        }
+    }
+
+    #[test]
+    fn the_serial_port_writes_and_raises_its_interrupt() {
+        let (platform, _, output) = platform();
+        platform.write(layout::COM1 + 1, 2);
+        for byte in b"hello" {
+            platform.write(layout::COM1, *byte);
+        }
+        assert_eq!(*output.lock().unwrap(), b"hello");
+        assert!(platform.serial().interrupt_evt().0.read().is_ok());
+        assert_eq!(platform.read(0x80), 0xff, "nobody there");
+    }
+
+    #[test]
+    fn the_button_raises_an_interrupt_once() {
+        let (platform, ..) = platform();
+        platform.press_power_button().unwrap();
+        assert_eq!(platform.button.0.read().unwrap(), 1);
+    }
+}
