@@ -1,4 +1,24 @@
 //! lab-net: one process is one lab's network.
+//!
+//! Cards of nodes connect to a UNIX socket and exchange Ethernet frames through a learning switch ([`switch`],
+//! [`port`]); one station of it is the [`gateway`], which gives out addresses ([`dhcp`]) and names ([`dns`]), lets
+//! nodes reach the world outside ([`nat`]) and the host reach nodes ([`forward`]). [`network`] is the event loop of
+//! all that, [`control`] and [`config`] are what others say to it. Nothing here needs a privilege.
 
 pub mod config;
 pub mod control;
+pub mod control_server;
+pub mod dhcp;
+pub mod dns;
+pub mod forward;
+pub mod frame;
+pub mod gateway;
+pub mod hosts;
+pub mod lan;
+pub mod listen;
+pub mod nat;
+pub mod neighbor;
+pub mod network;
+pub mod poller;
+pub mod port;
+pub mod switch;

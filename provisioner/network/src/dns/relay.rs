@@ -1,0 +1,129 @@
+//! Queries by datagram that the host's resolvers are to answer. Each has a socket of its own, so that nobody can
+//! guess where an answer is expected.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, SocketAddrV4},
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType},
+};
+
+use super::{PORT, resolvers::Resolvers, zone};
+use crate::{
+    lan::Lan,
+    poller::{EventFlags, Token},
+};
+
+/// Most queries under way.
+const MAX_QUERIES: usize = 512;
+/// Time for one resolver to answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a query is sent before it has failed.
+const TRIES: usize = 3;
+/// Longest answer in bytes.
+const MAX_ANSWER: usize = 65535;
+
+#[derive(Debug)]
+struct Query {
+    guest: SocketAddrV4,
+    bytes: Vec<u8>,
+    socket: Option<OwnedFd>,
+    tries: usize,
+    deadline: Instant,
+}
+
+/// The queries under way.
+#[derive(Debug, Default)]
+pub struct Relay {
+    queries: BTreeMap<u64, Query>,
+}
+
+impl Relay {
+    /// Pass a query of a node on.
+    pub fn ask(&mut self, guest: SocketAddrV4, bytes: &[u8], resolvers: &mut Resolvers, lan: &mut Lan) {
+        // A repeated question is not asked twice.
+        if self.queries.values().any(|query| query.guest == guest && query.bytes == bytes) {
+            return;
+        }
+        if self.queries.len() >= MAX_QUERIES {
+            self.queries.pop_first();
+        }
+        let id = lan.new_id();
+        let query = Query { guest, bytes: bytes.to_vec(), socket: None, tries: 0, deadline: lan.now };
+        self.queries.insert(id, query);
+        self.next_try(id, resolvers, lan);
+    }
+
+    /// The socket of a query became readable.
+    pub fn ready(&mut self, id: u64, resolvers: &mut Resolvers, lan: &mut Lan) {
+        let Some(Query { socket: Some(socket), bytes, guest, .. }) = self.queries.get(&id) else { return };
+        let mut answer = vec![0; MAX_ANSWER];
+        match rustix::net::recv(socket, answer.as_mut_slice(), RecvFlags::DONTWAIT) {
+            Ok((len, _)) => {
+                answer.truncate(len);
+                let response = answer.get(2).is_some_and(|flags| flags & 0x80 != 0);
+                if len >= 12 && response && answer.get(..2) == bytes.get(..2) {
+                    lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), *guest, &answer);
+                    self.queries.remove(&id);
+                }
+            }
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => self.next_try(id, resolvers, lan),
+        }
+    }
+
+    /// When [`Relay::expire`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.queries.values().map(|query| query.deadline).min()
+    }
+
+    /// Ask again, or give up, where no answer came in time.
+    pub fn expire(&mut self, resolvers: &mut Resolvers, lan: &mut Lan) {
+        let due: Vec<u64> =
+            self.queries.iter().filter(|(_, query)| query.deadline <= lan.now).map(|(id, _)| *id).collect();
+        for id in due {
+            self.next_try(id, resolvers, lan);
+        }
+    }
+
+    /// Queries under way.
+    pub fn under_way(&self) -> usize {
+        self.queries.len()
+    }
+
+    /// Send a query to the next resolver that takes it; if there is none, it has failed.
+    fn next_try(&mut self, id: u64, resolvers: &mut Resolvers, lan: &mut Lan) {
+        let Some(query) = self.queries.get_mut(&id) else { return };
+        let list = resolvers.list(lan.now);
+        while query.tries < TRIES.max(list.len()) && !list.is_empty() {
+            let resolver = list.iter().cycle().nth(query.tries);
+            query.tries = query.tries.saturating_add(1);
+            if let Some(resolver) = resolver
+                && let Ok(socket) = send(&query.bytes, *resolver)
+                && lan.poller.add(&socket, Token::Dns(id), EventFlags::IN).is_ok()
+            {
+                query.socket = Some(socket);
+                query.deadline = lan.now + PATIENCE;
+                return;
+            }
+        }
+        let failure = zone::failure(&query.bytes);
+        let guest = query.guest;
+        self.queries.remove(&id);
+        lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), guest, &failure);
+    }
+}
+
+fn send(bytes: &[u8], resolver: SocketAddr) -> rustix::io::Result<OwnedFd> {
+    let family = if resolver.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::DGRAM, flags, None)?;
+    rustix::net::connect(&socket, &resolver)?;
+    rustix::net::send(&socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+    Ok(socket)
+}

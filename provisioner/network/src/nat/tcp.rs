@@ -1,0 +1,406 @@
+//! All TCP flows through the gateway: connections of nodes to the outside and to the gateway's DNS server, and
+//! connections of forwards and control clients into the lab.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    net::SocketAddrV4,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, sockopt},
+};
+use smoltcp::{
+    socket::tcp::State,
+    wire::{Icmpv4DstUnreachable, Ipv4Packet, TcpPacket},
+};
+
+use super::{
+    FlowKey, Outside,
+    splice::{HostSide, Opener, Outcome},
+    stack::{Egress, FlowSocket, Stack},
+};
+use crate::{
+    dns::{
+        self,
+        resolvers::Resolvers,
+        stream::{Progress, Session},
+        zone::Zone,
+    },
+    lan::Lan,
+    poller::{EventFlags, Token},
+};
+
+/// Most flows; when there are more, the one that was silent for longest is closed.
+const MAX_FLOWS: usize = 4096;
+/// A node that has been out of reach for so long loses its flows.
+const MAX_SILENCE: Duration = Duration::from_secs(900);
+/// Time between two tries to reach a node whose path is blocked, besides those when it opens.
+const RETRY: Duration = Duration::from_secs(30);
+/// Longest SYN that is kept, in bytes: both headers with all their options.
+const MAX_SYN: usize = 120;
+/// First port of the gateway for connections into the lab.
+const FIRST_PORT: u16 = 49152;
+
+/// What is on the other side of a flow.
+enum Peer {
+    Host(HostSide),
+    Dns(Session),
+}
+
+struct Flow {
+    key: FlowKey,
+    socket: FlowSocket,
+    peer: Peer,
+    active: Instant,
+    timer: Option<Instant>,
+    queued: bool,
+    blocked: bool,
+    /// The node's SYN, if it opened the flow.
+    syn: Vec<u8>,
+}
+
+/// What DNS sessions need besides.
+pub struct Names<'a> {
+    /// The lab's names.
+    pub zone: Zone<'a>,
+    /// The host's resolvers.
+    pub resolvers: &'a mut Resolvers,
+}
+
+/// The flows.
+pub struct TcpFlows {
+    stack: Stack,
+    outside: Outside,
+    limit: usize,
+    flows: HashMap<u64, Flow>,
+    by_key: HashMap<FlowKey, u64>,
+    timers: BTreeSet<(Instant, u64)>,
+    /// Flows that have something to do.
+    work: VecDeque<u64>,
+    /// Flows that wait for [`Lan::take_opened`].
+    blocked: Vec<u64>,
+    next_port: u16,
+}
+
+impl TcpFlows {
+    /// No flows yet. At most `descriptors` sockets may be open at once.
+    pub fn new(stack: Stack, outside: Outside, descriptors: usize) -> TcpFlows {
+        TcpFlows {
+            stack,
+            outside,
+            limit: descriptors.min(MAX_FLOWS),
+            flows: HashMap::new(),
+            by_key: HashMap::new(),
+            timers: BTreeSet::new(),
+            work: VecDeque::new(),
+            blocked: Vec::new(),
+            next_port: FIRST_PORT,
+        }
+    }
+
+    /// Number of flows.
+    pub fn count(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Take a packet of a node for the gateway or the outside.
+    pub fn input(&mut self, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
+        let Ok(segment) = TcpPacket::new_checked(packet.payload()) else { return };
+        let key = FlowKey {
+            guest: SocketAddrV4::new(packet.src_addr(), segment.src_port()),
+            outside: SocketAddrV4::new(packet.dst_addr(), segment.dst_port()),
+        };
+        let bytes = packet.as_ref();
+        if let Some(id) = self.by_key.get(&key).copied() {
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.active = lan.now;
+                if self.stack.ingress(&mut flow.socket, lan, bytes, *key.guest.ip()) {
+                    self.schedule(id);
+                } else {
+                    self.remove(id);
+                }
+            }
+        } else if segment.syn() && !segment.ack() && !segment.rst() {
+            self.open(key, packet, lan);
+        } else {
+            self.stack.refuse(lan, bytes, *key.guest.ip());
+        }
+    }
+
+    /// The poller says what the host's side of a flow is ready for.
+    pub fn ready(&mut self, id: u64, flags: EventFlags) {
+        if let Some(flow) = self.flows.get_mut(&id) {
+            if let Peer::Host(host) = &mut flow.peer {
+                host.ready(flags);
+            }
+            self.schedule(id);
+        }
+    }
+
+    /// Join `socket` with a new connection from the gateway to a node.
+    pub fn connect(
+        &mut self,
+        socket: OwnedFd,
+        opener: Opener,
+        node: SocketAddrV4,
+        preface: Vec<u8>,
+        lan: &mut Lan,
+    ) {
+        let ports = (u16::MAX - FIRST_PORT).into();
+        for _ in 0..ports {
+            let port = self.next_port;
+            self.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
+            let key = FlowKey { guest: node, outside: SocketAddrV4::new(lan.gateway(), port) };
+            if self.by_key.contains_key(&key) {
+                continue;
+            }
+            let host = HostSide::accepted(socket, opener, node, preface, lan.now);
+            let id = self.insert(key, Peer::Host(host), lan);
+            let connected = match self.flows.get_mut(&id) {
+                Some(flow) => self.stack.connect(&mut flow.socket, lan, port, node),
+                None => return,
+            };
+            if !connected || !self.watch(id, lan) {
+                self.remove(id);
+            }
+            self.schedule(id);
+            return;
+        }
+    }
+
+    /// Let all flows that have something to do, do it.
+    pub fn run(&mut self, names: &mut Names<'_>, lan: &mut Lan) {
+        if lan.take_opened() {
+            for id in std::mem::take(&mut self.blocked) {
+                if let Some(flow) = self.flows.get_mut(&id) {
+                    flow.blocked = false;
+                }
+                self.schedule(id);
+            }
+        }
+        while let Some(id) = self.work.pop_front() {
+            self.step(id, names, lan);
+        }
+    }
+
+    /// When [`TcpFlows::expire`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.timers.first().map(|(due, _)| *due)
+    }
+
+    /// Schedule the flows whose time has come.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some((due, id)) = self.timers.first().copied()
+            && due <= now
+        {
+            self.timers.remove(&(due, id));
+            if let Some(flow) = self.flows.get_mut(&id) {
+                flow.timer = None;
+            }
+            self.schedule(id);
+        }
+    }
+
+    /// A node opens a connection.
+    fn open(&mut self, key: FlowKey, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
+        let guest = *key.guest.ip();
+        let peer = if *key.outside.ip() == lan.gateway() {
+            if key.outside.port() != dns::PORT {
+                return self.stack.refuse(lan, packet.as_ref(), guest);
+            }
+            Peer::Dns(Session::default())
+        } else {
+            let Some(ip) = self.outside.resolve(*key.outside.ip()) else {
+                return lan.send_unreachable(packet, Icmpv4DstUnreachable::NetProhibited);
+            };
+            match connect(SocketAddrV4::new(ip, key.outside.port())) {
+                Ok(socket) => Peer::Host(HostSide::connecting(socket, key.guest)),
+                Err(e) => return self.refuse(e, packet, lan),
+            }
+        };
+        let is_host = matches!(peer, Peer::Host(_));
+        let id = self.insert(key, peer, lan);
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        if packet.as_ref().len() <= MAX_SYN {
+            flow.syn = packet.as_ref().to_vec();
+        }
+        let socket = flow.socket.tcp();
+        socket.pause_synack(is_host);
+        let listening = socket.listen((*key.outside.ip(), key.outside.port())).is_ok();
+        let alive = listening && self.stack.ingress(&mut flow.socket, lan, packet.as_ref(), guest);
+        if !alive || flow.socket.tcp().state() != State::SynReceived || (is_host && !self.watch(id, lan)) {
+            self.remove(id);
+            return;
+        }
+        self.schedule(id);
+    }
+
+    /// Tell a node why the host cannot connect.
+    fn refuse(&mut self, error: Errno, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
+        match unreachable(error) {
+            Some(reason) => lan.send_unreachable(packet, reason),
+            None => self.stack.refuse(lan, packet.as_ref(), packet.src_addr()),
+        }
+    }
+
+    fn insert(&mut self, key: FlowKey, peer: Peer, lan: &mut Lan) -> u64 {
+        if self.flows.len() >= self.limit
+            && let Some((id, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
+        {
+            self.evict(*id, lan);
+        }
+        let id = lan.new_id();
+        let socket = FlowSocket::new(room(self.flows.len()));
+        let (active, timer, syn) = (lan.now, None, Vec::new());
+        self.flows.insert(id, Flow { key, socket, peer, active, timer, queued: false, blocked: false, syn });
+        self.by_key.insert(key, id);
+        id
+    }
+
+    /// Watch the host's side of a flow: edge-triggered, as that needs no more system calls.
+    fn watch(&self, id: u64, lan: &Lan) -> bool {
+        let Some(Flow { peer: Peer::Host(host), .. }) = self.flows.get(&id) else { return false };
+        let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        lan.poller.add(host.socket(), Token::Tcp(id), flags).is_ok()
+    }
+
+    fn schedule(&mut self, id: u64) {
+        if let Some(flow) = self.flows.get_mut(&id)
+            && !flow.queued
+        {
+            flow.queued = true;
+            self.work.push_back(id);
+        }
+    }
+
+    /// Close a flow to make room for another.
+    fn evict(&mut self, id: u64, lan: &mut Lan) {
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.socket.tcp().abort();
+            let _ = self.stack.egress(&mut flow.socket, lan, *flow.key.guest.ip());
+        }
+        self.remove(id);
+    }
+
+    fn remove(&mut self, id: u64) {
+        if let Some(flow) = self.flows.remove(&id) {
+            self.by_key.remove(&flow.key);
+            if let Some(due) = flow.timer {
+                self.timers.remove(&(due, id));
+            }
+        }
+    }
+
+    fn step(&mut self, id: u64, names: &mut Names<'_>, lan: &mut Lan) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.queued = false;
+        let guest = *flow.key.guest.ip();
+        let mut finished = false;
+        match &mut flow.peer {
+            Peer::Host(host) => match host.advance(flow.socket.tcp(), lan.now) {
+                Outcome::Going => {}
+                Outcome::Finished => finished = true,
+                Outcome::Unreachable(e) => {
+                    // The node takes this as the reason, where the reset that follows would say "refused".
+                    if let (Some(reason), Ok(syn)) =
+                        (unreachable(e), Ipv4Packet::new_checked(flow.syn.as_slice()))
+                    {
+                        lan.send_unreachable(&syn, reason);
+                    }
+                }
+            },
+            Peer::Dns(session) => {
+                let socket = flow.socket.tcp();
+                match session.drive(id, socket, &names.zone, names.resolvers, lan) {
+                    Progress::Going => {}
+                    Progress::Done => socket.close(),
+                    Progress::Broken => socket.abort(),
+                }
+            }
+        }
+        let waits = matches!(&flow.peer, Peer::Host(host) if host.is_host_connecting());
+        let egress = if finished || waits {
+            Egress::Idle(None)
+        } else {
+            self.stack.egress(&mut flow.socket, lan, guest)
+        };
+        let tcp = flow.socket.tcp();
+        let gone = tcp.state() == State::Closed && tcp.remote_endpoint().is_none();
+        // A reset that cannot be sent now is sent when the node next sends something.
+        let unheard = tcp.state() == State::Closed && egress == Egress::Blocked;
+        if finished || unheard || egress == Egress::Broken {
+            return self.remove(id);
+        }
+        if gone || tcp.state() == State::TimeWait && egress != Egress::Blocked {
+            // Nothing more is sent. A host's side that has not ended properly is reset by this.
+            if let Peer::Host(host) = &mut flow.peer
+                && !host.is_done()
+            {
+                host.advance(tcp, lan.now);
+            }
+            return self.remove(id);
+        }
+        let mut due = match &flow.peer {
+            Peer::Host(host) => host.deadline(),
+            Peer::Dns(session) => session.deadline(),
+        };
+        match egress {
+            Egress::Blocked if lan.now.saturating_duration_since(flow.active) > MAX_SILENCE => {
+                return self.remove(id);
+            }
+            Egress::Blocked => {
+                due = due.or(Some(lan.now + RETRY));
+                if !std::mem::replace(&mut flow.blocked, true) {
+                    self.blocked.push(id);
+                }
+            }
+            // Never at once: whatever could be done now has been done.
+            Egress::Idle(Some(at)) => {
+                let at = at.max(lan.now + Duration::from_millis(1));
+                due = Some(due.map_or(at, |due| due.min(at)));
+            }
+            _ => {}
+        }
+        if flow.timer != due {
+            if let Some(old) = std::mem::replace(&mut flow.timer, due) {
+                self.timers.remove(&(old, id));
+            }
+            if let Some(due) = due {
+                self.timers.insert((due, id));
+            }
+        }
+    }
+}
+
+/// Room in bytes for a flow's data in each direction: less where there are many, so that they are bounded together
+/// (4096 flows: 240 MiB, if all are full).
+fn room(flows: usize) -> usize {
+    match flows {
+        0..64 => 256 << 10,
+        64..512 => 64 << 10,
+        _ => 16 << 10,
+    }
+}
+
+fn connect(to: SocketAddrV4) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    match rustix::net::connect(&socket, &to) {
+        Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
+        Err(e) => Err(e),
+    }
+}
+
+/// The ICMP code for what the host says; none where a reset says it.
+fn unreachable(error: Errno) -> Option<Icmpv4DstUnreachable> {
+    match error {
+        Errno::NETUNREACH | Errno::NETDOWN => Some(Icmpv4DstUnreachable::NetUnreachable),
+        Errno::HOSTUNREACH | Errno::HOSTDOWN | Errno::TIMEDOUT => Some(Icmpv4DstUnreachable::HostUnreachable),
+        Errno::ACCESS | Errno::PERM => Some(Icmpv4DstUnreachable::NetProhibited),
+        _ => None,
+    }
+}

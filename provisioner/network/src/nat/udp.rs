@@ -1,0 +1,185 @@
+//! UDP flows of nodes to the outside: a connected socket of the host for each, until it has been idle for a while.
+
+use std::{
+    collections::HashMap,
+    net::SocketAddrV4,
+    os::fd::OwnedFd,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType},
+};
+use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Repr, IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket};
+
+use super::{FlowKey, Outside};
+use crate::{
+    lan::Lan,
+    poller::{EventFlags, Token},
+};
+
+/// Most flows; when there are more, the one that was idle for longest is closed.
+const MAX_FLOWS: usize = 1024;
+/// A flow ends when nothing was sent either way for so long.
+const IDLE: Duration = Duration::from_secs(120);
+/// Time between two looks for idle flows.
+const SWEEP: Duration = Duration::from_secs(10);
+/// Datagrams that are taken from one socket before others have their turn.
+const BURST: usize = 64;
+/// Longest payload in bytes.
+const MAX_PAYLOAD: usize = 65535 - 28;
+
+#[derive(Debug)]
+struct Flow {
+    key: FlowKey,
+    socket: OwnedFd,
+    active: Instant,
+}
+
+/// The flows.
+#[derive(Debug)]
+pub struct UdpFlows {
+    outside: Outside,
+    limit: usize,
+    flows: HashMap<u64, Flow>,
+    by_key: HashMap<FlowKey, u64>,
+    sweep: Option<Instant>,
+    buffer: Vec<u8>,
+}
+
+impl UdpFlows {
+    /// No flows yet. At most `descriptors` sockets may be open at once.
+    pub fn new(outside: Outside, descriptors: usize) -> UdpFlows {
+        UdpFlows {
+            outside,
+            limit: descriptors.min(MAX_FLOWS),
+            flows: HashMap::new(),
+            by_key: HashMap::new(),
+            sweep: None,
+            buffer: vec![0; MAX_PAYLOAD],
+        }
+    }
+
+    /// Number of flows.
+    pub fn count(&self) -> usize {
+        self.flows.len()
+    }
+
+    /// Take a datagram of a node for the outside.
+    pub fn input(&mut self, packet: &Ipv4Packet<&[u8]>, datagram: &UdpPacket<&[u8]>, lan: &mut Lan) {
+        let key = FlowKey {
+            guest: SocketAddrV4::new(packet.src_addr(), datagram.src_port()),
+            outside: SocketAddrV4::new(packet.dst_addr(), datagram.dst_port()),
+        };
+        let id = match self.by_key.get(&key).copied() {
+            Some(id) => id,
+            None => match self.open(key, lan) {
+                Ok(id) => id,
+                Err(reason) => return lan.send_unreachable(packet, reason),
+            },
+        };
+        if let Some(flow) = self.flows.get_mut(&id) {
+            flow.active = lan.now;
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let mut sent = rustix::net::send(&flow.socket, datagram.payload(), flags);
+            if sent == Err(Errno::CONNREFUSED) {
+                // That was about an earlier datagram.
+                send_refused(&flow.key, lan);
+                sent = rustix::net::send(&flow.socket, datagram.payload(), flags);
+            }
+            match sent {
+                Ok(_) | Err(Errno::AGAIN | Errno::NOBUFS | Errno::CONNREFUSED) => {}
+                Err(e) => lan.send_unreachable(packet, reason(e)),
+            }
+        }
+    }
+
+    /// The socket of a flow became readable.
+    pub fn ready(&mut self, id: u64, lan: &mut Lan) {
+        let Some(flow) = self.flows.get_mut(&id) else { return };
+        for _ in 0..BURST {
+            match rustix::net::recv(&flow.socket, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
+                Ok((len, _)) => {
+                    flow.active = lan.now;
+                    lan.send_udp(
+                        flow.key.outside,
+                        flow.key.guest,
+                        self.buffer.get(..len).unwrap_or_default(),
+                    );
+                }
+                Err(Errno::CONNREFUSED) => send_refused(&flow.key, lan),
+                Err(Errno::AGAIN) => return,
+                Err(_) => return self.remove(id),
+            }
+        }
+    }
+
+    /// When [`UdpFlows::expire`] has something to do.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.sweep
+    }
+
+    /// Close idle flows.
+    pub fn expire(&mut self, now: Instant) {
+        if self.sweep.is_some_and(|due| due <= now) {
+            let idle = |flow: &Flow| now.saturating_duration_since(flow.active) >= IDLE;
+            self.by_key.retain(|_, id| self.flows.get(id).is_some_and(|flow| !idle(flow)));
+            self.flows.retain(|_, flow| !idle(flow));
+            self.sweep = (!self.flows.is_empty()).then_some(now + SWEEP);
+        }
+    }
+
+    fn open(&mut self, key: FlowKey, lan: &mut Lan) -> Result<u64, Icmpv4DstUnreachable> {
+        let ip = self.outside.resolve(*key.outside.ip()).ok_or(Icmpv4DstUnreachable::NetProhibited)?;
+        if self.flows.len() >= self.limit
+            && let Some((oldest, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
+        {
+            self.remove(*oldest);
+        }
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket =
+            rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None).map_err(reason)?;
+        rustix::net::connect(&socket, &SocketAddrV4::new(ip, key.outside.port())).map_err(reason)?;
+        let id = lan.new_id();
+        let watched = lan.poller.add(&socket, Token::Udp(id), EventFlags::IN);
+        watched.map_err(|_| Icmpv4DstUnreachable::NetUnreachable)?;
+        self.flows.insert(id, Flow { key, socket, active: lan.now });
+        self.by_key.insert(key, id);
+        self.sweep.get_or_insert(lan.now + SWEEP);
+        Ok(id)
+    }
+
+    fn remove(&mut self, id: u64) {
+        if let Some(flow) = self.flows.remove(&id) {
+            self.by_key.remove(&flow.key);
+        }
+    }
+}
+
+/// Pass on that nobody listens at the other end.
+fn send_refused(key: &FlowKey, lan: &mut Lan) {
+    let [a, b] = key.guest.port().to_be_bytes();
+    let [c, d] = key.outside.port().to_be_bytes();
+    // The datagram itself is gone; its UDP header is what the node knows the socket by.
+    let data = [a, b, c, d, 0, 8, 0, 0];
+    let header = Ipv4Repr {
+        src_addr: *key.guest.ip(),
+        dst_addr: *key.outside.ip(),
+        next_header: IpProtocol::Udp,
+        payload_len: data.len(),
+        hop_limit: 64,
+    };
+    let reason = Icmpv4DstUnreachable::PortUnreachable;
+    let message = Icmpv4Repr::DstUnreachable { reason, header, data: &data };
+    lan.send_icmp(*key.outside.ip(), *key.guest.ip(), &message);
+}
+
+fn reason(error: Errno) -> Icmpv4DstUnreachable {
+    match error {
+        Errno::MSGSIZE => Icmpv4DstUnreachable::FragRequired,
+        Errno::HOSTUNREACH | Errno::HOSTDOWN => Icmpv4DstUnreachable::HostUnreachable,
+        Errno::ACCESS | Errno::PERM => Icmpv4DstUnreachable::NetProhibited,
+        _ => Icmpv4DstUnreachable::NetUnreachable,
+    }
+}

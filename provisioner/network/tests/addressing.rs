@@ -1,0 +1,229 @@
+//! Nodes get their addresses and find each other by name: ARP, DHCP, DNS.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::{
+    io::{Read, Write},
+    net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
+    time::Duration,
+};
+
+use common::{GATEWAY, Guest, Lab, OUTSIDE, host, ip};
+use lab_net::control::{Action, Reply};
+use smoltcp::{
+    iface::SocketHandle,
+    socket::udp,
+    wire::{DnsPacket, DnsQuestion, DnsRecord, DnsRecordData, Ipv4Cidr},
+};
+
+const A: u16 = 1;
+const AAAA: u16 = 28;
+
+#[test]
+fn nodes_get_the_addresses_of_the_file() {
+    let lab = Lab::start();
+    let mut guest = Guest::unconfigured(lab.card("n10"), 10);
+    let (cidr, router, dns) = guest.dhcp();
+    assert_eq!(cidr, Ipv4Cidr::new(ip(10), 24));
+    assert_eq!((router, dns), (Some(GATEWAY), vec![GATEWAY]));
+    lab.wait_for("the lease", |status| {
+        status.ports.iter().any(|port| port.name == "n10" && port.leased == Some(ip(10)))
+    });
+}
+
+#[test]
+fn unknown_cards_get_a_free_address() {
+    let lab = Lab::start();
+    let mut guest = Guest::unconfigured(lab.card("stranger"), 99);
+    assert_eq!(guest.dhcp().0, Ipv4Cidr::new(ip(254), 24));
+}
+
+#[test]
+fn a_node_that_joins_later_is_known_at_once() {
+    let lab = Lab::start();
+    let mut hosts = lab.config.hosts.clone();
+    hosts.push(host(20));
+    assert_eq!(lab.ask(Action::SetHosts { hosts: hosts.clone() }), Reply::Done);
+    let mut guest = Guest::unconfigured(lab.card("n20"), 20);
+    assert_eq!(guest.dhcp().0, Ipv4Cidr::new(ip(20), 24));
+    assert_eq!(resolve(&mut guest, "n20", A), Ok(Some(ip(20))));
+    hosts.push(host(20));
+    let Reply::Error(message) = lab.ask(Action::SetHosts { hosts }) else { panic!("taken") };
+    assert_eq!(message, "nodes n20 and n20 both have the name n20");
+}
+
+fn query(name: &str, kind: u16) -> Vec<u8> {
+    let mut query = vec![0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    for label in name.split('.') {
+        query.push(label.len() as u8);
+        query.extend(label.as_bytes());
+    }
+    query.push(0);
+    query.extend(kind.to_be_bytes());
+    query.extend([0, 1]);
+    query
+}
+
+/// The first address in a response, or its error code.
+fn parse(response: &[u8]) -> Result<Option<Ipv4Addr>, u8> {
+    let packet = DnsPacket::new_checked(response).unwrap();
+    assert_eq!(packet.transaction_id(), 0x1234);
+    let (rest, _) = DnsQuestion::parse(packet.payload()).unwrap();
+    match u8::from(packet.rcode()) {
+        0 if packet.answer_record_count() == 0 => Ok(None),
+        0 => match DnsRecord::parse(rest).unwrap().1.data {
+            DnsRecordData::A(ip) => Ok(Some(ip)),
+            other => panic!("{other:?}"),
+        },
+        code => Err(code),
+    }
+}
+
+fn udp_socket(guest: &mut Guest) -> SocketHandle {
+    static PORT: std::sync::atomic::AtomicU16 = std::sync::atomic::AtomicU16::new(6000);
+    let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 8], vec![0; 65536]);
+    let mut socket = udp::Socket::new(buffer(), buffer());
+    socket.bind(PORT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)).unwrap();
+    guest.sockets.add(socket)
+}
+
+fn exchange(guest: &mut Guest, query: &[u8]) -> Vec<u8> {
+    let handle = udp_socket(guest);
+    guest.sockets.get_mut::<udp::Socket>(handle).send_slice(query, (GATEWAY, 53)).unwrap();
+    guest.until("a response", |guest| {
+        let socket = guest.sockets.get_mut::<udp::Socket>(handle);
+        socket.recv().ok().map(|(data, _)| data.to_vec())
+    })
+}
+
+fn resolve(guest: &mut Guest, name: &str, kind: u16) -> Result<Option<Ipv4Addr>, u8> {
+    let response = exchange(guest, &query(name, kind));
+    parse(&response)
+}
+
+#[test]
+fn names_of_the_lab_are_answered_by_the_gateway() {
+    let lab = Lab::start();
+    let mut guest = lab.guest(10);
+    assert_eq!(resolve(&mut guest, "n11", A), Ok(Some(ip(11))));
+    assert_eq!(resolve(&mut guest, "N11.test.lab", A), Ok(Some(ip(11))));
+    assert_eq!(resolve(&mut guest, "n11.test.lab", AAAA), Ok(None));
+    assert_eq!(resolve(&mut guest, "gateway.test.lab", A), Ok(Some(GATEWAY)));
+    assert_eq!(resolve(&mut guest, "n99.test.lab", A), Err(3));
+}
+
+/// A resolver on both protocols, which answers everything with 192.0.2.7.
+fn resolver() -> (u16, std::thread::JoinHandle<()>) {
+    let (datagrams, streams) = loop {
+        let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+        if let Ok(streams) = TcpListener::bind(datagrams.local_addr().unwrap()) {
+            break (datagrams, streams);
+        }
+    };
+    let port = datagrams.local_addr().unwrap().port();
+    let respond = |query: &[u8]| {
+        let mut response = query.to_vec();
+        response[2] |= 0x80;
+        response[7] = 1;
+        response.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 7]);
+        response
+    };
+    let thread = std::thread::spawn(move || {
+        let mut buffer = [0; 2000];
+        let (len, peer) = datagrams.recv_from(&mut buffer).unwrap();
+        // A forged answer first: it has another number.
+        let mut forged = respond(&buffer[..len]);
+        forged[0] ^= 1;
+        datagrams.send_to(&forged, peer).unwrap();
+        datagrams.send_to(&respond(&buffer[..len]), peer).unwrap();
+        let (mut stream, _) = streams.accept().unwrap();
+        stream.read_exact(&mut buffer[..2]).unwrap();
+        let len = usize::from(u16::from_be_bytes([buffer[0], buffer[1]]));
+        stream.read_exact(&mut buffer[..len]).unwrap();
+        let mut response = respond(&buffer[..len]);
+        // An answer that is too long for a datagram, and comes in two pieces.
+        response.resize(20_000, 0);
+        let mut message = (response.len() as u16).to_be_bytes().to_vec();
+        message.extend(response);
+        stream.write_all(&message[..9_999]).unwrap();
+        std::thread::sleep(Duration::from_millis(10));
+        stream.write_all(&message[9_999..]).unwrap();
+    });
+    (port, thread)
+}
+
+#[test]
+fn other_names_are_answered_by_the_hosts_resolver() {
+    let (port, thread) = resolver();
+    let lab = Lab::with(|_, outside| outside.dns_port = port);
+    let mut guest = lab.guest(10);
+    let outside = Ok(Some(Ipv4Addr::new(192, 0, 2, 7)));
+    assert_eq!(resolve(&mut guest, "deb.debian.org", A), outside);
+    // The same over TCP, after a name of the lab on the same connection.
+    let (handle, connected) = guest.connected(SocketAddrV4::new(GATEWAY, 53));
+    assert!(connected);
+    let mut responses = Vec::new();
+    for name in ["n12.test.lab", "deb.debian.org"] {
+        let query = query(name, A);
+        let mut message = (query.len() as u16).to_be_bytes().to_vec();
+        message.extend(query);
+        guest.tcp(handle).send_slice(&message).unwrap();
+        let mut got: Vec<u8> = Vec::new();
+        responses.push(guest.until("a response", |guest| {
+            let _ = guest.tcp(handle).recv(|bytes| (bytes.len(), got.extend(&*bytes)));
+            let len = usize::from(u16::from_be_bytes([*got.first()?, *got.get(1)?]));
+            got.get(2..2 + len).map(<[u8]>::to_vec)
+        }));
+    }
+    assert_eq!(parse(&responses[0]), Ok(Some(ip(12))));
+    assert_eq!(responses[1].len(), 20_000);
+    assert_eq!(parse(&responses[1]), outside);
+    guest.tcp(handle).close();
+    guest.until("the end", |guest| (!guest.tcp(handle).is_active()).then_some(()));
+    thread.join().unwrap();
+    lab.wait_for("the end of the flow", |status| status.flows == 0);
+}
+
+#[test]
+fn a_resolver_that_is_not_there_is_a_failure_and_not_a_silence() {
+    // Nobody listens at this port: the host refuses at once.
+    let unused = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let lab = Lab::with(|_, outside| outside.dns_port = unused);
+    let mut guest = lab.guest(10);
+    assert_eq!(resolve(&mut guest, "deb.debian.org", A), Err(2));
+    std::fs::write(lab.dir.path().join("resolv.conf"), "").unwrap();
+    std::thread::sleep(Duration::from_millis(1100));
+    assert_eq!(resolve(&mut guest, "deb.debian.org", A), Err(2));
+    let _ = OUTSIDE;
+}
+
+#[test]
+fn long_answers_come_in_fragments() {
+    let server = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let lab = Lab::start();
+    let card = lab.card("n10");
+    let to = server.local_addr().unwrap().port();
+    let mut datagram = [5000u16.to_be_bytes(), to.to_be_bytes(), 9u16.to_be_bytes(), [0, 0]].concat();
+    datagram.push(b'?');
+    let packet = common::ipv4(10, OUTSIDE, smoltcp::wire::IpProtocol::Udp, &datagram);
+    common::send(&card, &common::packet(common::gateway_mac(), common::mac(10), 0x800, &packet));
+    let (_, peer) = server.recv_from(&mut [0; 10]).unwrap();
+    let data = common::noise(4000, 3);
+    server.send_to(&data, peer).unwrap();
+    let mut whole: Vec<u8> = Vec::new();
+    loop {
+        let packet = common::receive(&card, common::LIMIT).expect("a fragment");
+        if packet[24..26] != [8, 0] {
+            continue;
+        }
+        let ip = smoltcp::wire::Ipv4Packet::new_checked(&packet[26..]).unwrap();
+        assert!(ip.verify_checksum() && ip.total_len() <= 1500);
+        assert_eq!(usize::from(ip.frag_offset()), whole.len());
+        whole.extend(ip.payload());
+        if !ip.more_frags() {
+            break;
+        }
+    }
+    assert!(whole[8..] == data);
+}
