@@ -19,7 +19,7 @@ pub(crate) const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 /// Longest chain taken, in pieces of host memory: what one `preadv` takes (IOV_MAX), and more than any driver sends.
-const MAX_PIECES: usize = 1024;
+pub(crate) const MAX_PIECES: usize = 1024;
 
 /// What a driver gave a device of `N` queues.
 pub(crate) struct Given<const N: usize> {
@@ -275,6 +275,98 @@ impl<'m> Segments<'m> {
         let mut object = T::default();
         let front = self.take(size_of::<T>());
         (front.read(object.as_mut_slice()) == size_of::<T>()).then_some(object)
+    }
+}
+
+/// Pieces of guest memory for system calls, which can be kept while the guest waits for them.
+#[derive(Default)]
+pub(crate) struct Pieces {
+    list: Vec<libc::iovec>,
+    length: usize,
+}
+
+// SAFETY: the pointers are into guest memory, which any thread may use.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// The pieces of `segments`.
+    ///
+    /// # Safety
+    ///
+    /// The guest memory that `segments` come from must stay mapped as long as the result is used.
+    pub unsafe fn new(segments: &Segments<'_>) -> Self {
+        let list = segments
+            .slices
+            .iter()
+            .map(|slice| libc::iovec {
+                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                iov_len: slice.len(),
+            })
+            .collect();
+        Self { list, length: segments.length }
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    /// The list for a system call. The guest may change what it points to at any time.
+    pub fn list(&self) -> &[libc::iovec] {
+        &self.list
+    }
+
+    /// The first `length` bytes of many pieces as one list.
+    pub fn concat<'a>(parts: impl Iterator<Item = &'a Pieces>, length: usize) -> Self {
+        let mut whole = Self::default();
+        for piece in parts.flat_map(|part| &part.list) {
+            let count = piece.iov_len.min(length - whole.length);
+            if count == 0 {
+                break;
+            }
+            whole.list.push(libc::iovec { iov_base: piece.iov_base, iov_len: count });
+            whole.length += count;
+        }
+        whole
+    }
+
+    /// Copies from `offset` on; returns how many bytes there were.
+    pub fn read(&self, offset: usize, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        self.each(offset, |piece| {
+            let Some(rest) = buffer.get_mut(done..) else { return false };
+            done += piece.copy_to(rest);
+            true
+        });
+        done
+    }
+
+    /// Copies to `offset` on, as far as there is room.
+    pub fn write(&self, offset: usize, data: &[u8]) {
+        let mut data = data;
+        self.each(offset, |piece| {
+            let (now, later) = data.split_at(data.len().min(piece.len()));
+            piece.copy_from(now);
+            data = later;
+            !data.is_empty()
+        });
+    }
+
+    /// Hands out the pieces behind `offset` until `f` has had enough.
+    fn each(&self, mut offset: usize, mut f: impl FnMut(VolatileSlice<'_>) -> bool) {
+        for piece in &self.list {
+            // SAFETY: a piece is guest memory, mapped while `self` is used (see `new`).
+            let slice = unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) };
+            match slice.offset(offset) {
+                Ok(slice) if !slice.is_empty() => {
+                    offset = 0;
+                    if !f(slice) {
+                        return;
+                    }
+                }
+                _ => offset -= slice.len(),
+            }
+        }
     }
 }
 
