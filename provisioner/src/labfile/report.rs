@@ -22,7 +22,7 @@ impl<'a> Report<'a> {
 
     /// Notes an error at a span of bytes, or about the file as a whole. `key` may be empty.
     pub fn error(&mut self, span: Option<Range<usize>>, key: &str, message: String, help: impl Into<String>) {
-        if self.errors.len() >= MAX {
+        if self.is_full() {
             return;
         }
         let help = help.into();
@@ -42,6 +42,11 @@ impl<'a> Report<'a> {
     /// Takes over the errors of a file that is used from this one at `start`.
     pub fn adopt(&mut self, start: usize, errors: Vec<Diagnostic>) {
         self.errors.extend(errors.into_iter().map(|error| (start, error)));
+    }
+
+    /// Whether no further errors are kept.
+    pub fn is_full(&self) -> bool {
+        self.errors.len() >= MAX
     }
 
     /// Whether nothing is wrong so far.

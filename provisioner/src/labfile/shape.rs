@@ -17,12 +17,15 @@ use super::{
     spell::{advice, list, nearest},
 };
 
+/// How many of a text's syntax errors are looked at.
+const MAX_ERRORS: usize = 100;
+
 /// Parses TOML. `None` where it isn't TOML, which has been reported.
 pub fn parse<'a>(text: &'a str, report: &mut Report<'_>) -> Option<Spanned<DeTable<'a>>> {
     let (table, errors) = DeTable::parse_recoverable(text);
     // One slip can be followed by errors that are only its echo: the first of each line says enough.
     let mut last_line = None;
-    for error in &errors {
+    for error in errors.iter().take(MAX_ERRORS) {
         let span = error.span().unwrap_or(text.len()..text.len());
         let line = text.as_bytes().iter().take(span.start).filter(|byte| **byte == b'\n').count();
         if last_line != Some(line) {
@@ -94,7 +97,8 @@ impl<'s> Walk<'s> {
         // A mistyped key is not also told as missing.
         let unknown =
             table.keys().map(|key| key.get_ref().as_ref()).filter(|key| !properties.contains_key(*key));
-        let meant: Vec<&str> = unknown.filter_map(|key| nearest(key, words.iter().copied())).collect();
+        let meant: Vec<&str> =
+            unknown.take(MAX_ERRORS).filter_map(|key| nearest(key, words.iter().copied())).collect();
         for key in
             required.filter_map(Value::as_str).filter(|key| !table.contains_key(*key) && !meant.contains(key))
         {
@@ -113,6 +117,9 @@ impl<'s> Walk<'s> {
                 if self.value(known, &mut value, key.span(), name, &path, report) {
                     table.insert(key, value);
                 }
+                continue;
+            }
+            if report.is_full() {
                 continue;
             }
             let message = format!("unknown key `{}`{place}", visible(name));

@@ -176,6 +176,29 @@ fn the_same_file_means_the_same() {
     assert_eq!(macs.len(), 201);
 }
 
+#[test]
+fn a_file_of_nothing_but_errors_is_cut_short() {
+    let fill = |line: &str| line.repeat(100_000 / line.len());
+    let keys: String = (0..10_000).map(|number| format!("k{number} = 1\n")).collect();
+    let nodes: String = (0..10_000).map(|number| format!("[node.N{number}]\n")).collect();
+    for text in [
+        keys,
+        nodes,
+        format!("name = \"x\"\n[node.\"n{{n}}\"]\ncount = 250\nforward = [{}]\n", fill("\"x\",")),
+        format!("name = \"x\"\n[node.\"n{{n}}\"]\ncount = 250\nforward = [{}]\n", "\"x\",".repeat(1000)),
+        format!("name = {}", fill("[")),
+        format!("name = \"x\"\n[node.a]\n{}", fill("[[step]]\n")),
+        fill("= "),
+        fill("=\n"),
+        format!("name.{}a = 1", fill("a.")),
+        format!("name = \"{}\"", fill("Ä")),
+    ] {
+        let wrong = parse(&text, Path::new("lab.toml"), "/nowhere/lab.toml".into()).unwrap_err();
+        assert!((1..=100).contains(&wrong.errors.len()));
+        assert!(wrong.to_string().len() < 100_000);
+    }
+}
+
 proptest! {
     #[test]
     fn any_text_is_told_right_or_wrong(text in "\\PC{0,200}") {
