@@ -1,12 +1,70 @@
 //! The machine that labs run on: this one where its KVM works, else one that is emulated on it.
 //!
+//! - `probe`: whether KVM runs the kernel-mode code of guests here
+//! - `doctor`: what this machine has and lacks
 //! - `emulated`: the emulated machine, and commands carried into it
 
+pub mod doctor;
 pub mod emulated;
+pub mod probe;
 
-use std::{ffi::OsString, path::Path, process::ExitCode};
+use std::{env, ffi::OsString, path::Path, process::ExitCode};
 
 use crate::paths::Paths;
+
+/// Why there is no host for labs.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something that is no host.
+    #[error("there is no host {0:?}: labs run on `local` or `emulated` (--host, LAB_HOST)")]
+    Unknown(String),
+    /// Hosts of a later version.
+    #[error(
+        "this version of lab cannot run labs on {0}: use the host `local` or `emulated`, or run lab there"
+    )]
+    Remote(String),
+    /// The emulated one.
+    #[error(transparent)]
+    Emulated(#[from] emulated::Error),
+    /// Its folders.
+    #[error(transparent)]
+    Paths(#[from] crate::paths::Error),
+}
+
+/// The host that labs run on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Choice {
+    /// This machine.
+    Local,
+    /// The emulated one.
+    Emulated {
+        /// Why not this one; `None` if the user wanted it so.
+        reason: Option<String>,
+    },
+}
+
+/// Whether this process runs in the emulated host, where everything takes several times as long.
+pub fn is_slow() -> bool {
+    env::var_os("LAB_CARRIED").is_some()
+}
+
+/// Chooses the host: the one that is asked for, else this machine where its KVM works.
+pub fn choose(forced: Option<&str>) -> Result<Choice, Error> {
+    // A command that was carried here is where it belongs, whatever its arguments say.
+    if is_slow() {
+        return Ok(Choice::Local);
+    }
+    match forced {
+        Some("local") => Ok(Choice::Local),
+        Some("emulated") => Ok(Choice::Emulated { reason: None }),
+        Some(host) if host.starts_with("ssh://") => Err(Error::Remote(host.into())),
+        Some(host) => Err(Error::Unknown(host.into())),
+        None => Ok(match probe::run().reason() {
+            None => Choice::Local,
+            Some(reason) => Choice::Emulated { reason: Some(reason) },
+        }),
+    }
+}
 
 /// Runs this process as a part of the emulated host, if that is what it was started for.
 pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
@@ -19,9 +77,9 @@ pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
             .and_then(|paths| emulated::supervisor::run(&paths).map_err(|error| error.to_string()))
             .map(|()| 0),
         ("host-carried", Some(request)) => emulated::carried::run(request).map_err(|error| error.to_string()),
-        ("host-order", Some(order)) => emulated::init::order(&order.to_string_lossy())
-            .map(|()| 0)
-            .map_err(|error| error.to_string()),
+        ("host-order", Some(order)) => {
+            emulated::init::order(&order.to_string_lossy()).map(|()| 0).map_err(|error| error.to_string())
+        }
         _ => return None,
     };
     Some(match result {
@@ -31,4 +89,28 @@ pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
             ExitCode::FAILURE
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts_are_chosen_by_name() {
+        assert_eq!(choose(Some("local")).unwrap(), Choice::Local);
+        assert_eq!(choose(Some("emulated")).unwrap(), Choice::Emulated { reason: None });
+        assert!(matches!(choose(Some("ssh://me@there")), Err(Error::Remote(_))));
+        let error = choose(Some("locall")).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "there is no host \"locall\": labs run on `local` or `emulated` (--host, LAB_HOST)"
+        );
+    }
+
+    #[test]
+    fn other_verbs_are_not_internal() {
+        assert!(internal(["lab", "up"].map(OsString::from)).is_none());
+        assert!(internal(["lab", "host", "status"].map(OsString::from)).is_none());
+        assert!(internal(["lab"].map(OsString::from)).is_none());
+    }
 }

@@ -34,11 +34,15 @@ const LIMITS: [(Signal, Duration); 3] = [
 /// Runs the request of a file and writes the answer beside it.
 pub fn run(path: &Path) -> Result<u8, Error> {
     // What has changed outside since the last command must be seen.
-    init::order("refresh").map_err(|source| Error::Io { what: "cannot reach the first process".into(), source })?;
-    let request: Request = json_file::read(path)?.ok_or_else(|| Error::Lost(", since its request is gone".into()))?;
+    init::order("refresh")
+        .map_err(|source| Error::Io { what: "cannot reach the first process".into(), source })?;
+    let request: Request =
+        json_file::read(path)?.ok_or_else(|| Error::Lost(", since its request is gone".into()))?;
     let mut ended = Ok(0);
     if request.v != VERSION {
-        ended = Err("it was started by another version of lab: `lab host stop` it, then run the command again".into());
+        ended =
+            Err("it was started by another version of lab: `lab host stop` it, then run the command again"
+                .into());
     } else if let Some((program, arguments)) = request.command.split_first() {
         ended = execute(&request, program, arguments).map_err(|error| error.to_string());
     }
@@ -104,7 +108,8 @@ fn wait(child: &mut Child, own_group: bool) -> Result<u8, Error> {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(io(errno.into())),
         }
-        let gone = waits.get(1).is_some_and(|wait| wait.revents().intersects(PollFlags::ERR | PollFlags::HUP));
+        let gone =
+            waits.get(1).is_some_and(|wait| wait.revents().intersects(PollFlags::ERR | PollFlags::HUP));
         if end.is_none() && gone {
             end = Some(Instant::now());
         }
@@ -116,7 +121,8 @@ fn report(paths: &Paths) -> Result<Report, Error> {
     let path = Files::new(paths).dir.join(SEQUENCE);
     let io = |source| Error::Io { what: format!("cannot use {}", path.display()), source };
     // The number is taken before looking, so that what a greater number saw is not older.
-    let mut lock = lock_within(&path, false, Duration::from_secs(30), || ()).map_err(io)?
+    let mut lock = lock_within(&path, false, Duration::from_secs(30), || ())
+        .map_err(io)?
         .ok_or(Error::Busy("reports what runs in the emulated host"))?;
     let mut text = String::new();
     lock.read_to_string(&mut text).map_err(io)?;
@@ -178,7 +184,8 @@ mod tests {
             guest_port: 1,
             protocol: lab_net::config::Protocol::Tcp,
         };
-        let all = [forward([127, 0, 0, 1]), forward([0; 4]), forward([192, 168, 7, 1]), forward([192, 168, 7, 1])];
+        let all =
+            [forward([127, 0, 0, 1]), forward([0; 4]), forward([192, 168, 7, 1]), forward([192, 168, 7, 1])];
         assert_eq!(addresses(&all), [std::net::Ipv4Addr::new(192, 168, 7, 1)]);
     }
 }

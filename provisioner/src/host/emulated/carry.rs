@@ -163,7 +163,10 @@ pub fn report(files: &Files, state: &State) -> Result<Report, Error> {
     };
     let written = Written::new(files, &request)?;
     let mut ssh = ssh(files, state, false)?;
-    ssh.arg(remote_line(files, &["host-carried".as_ref(), written.request.as_os_str()])?).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    ssh.arg(remote_line(files, &["host-carried".as_ref(), written.request.as_os_str()])?)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
     finish_within(ssh, QUESTION_LIMIT)?;
     written.answer()?.map(|answer| answer.report).ok_or_else(|| Error::Lost(String::new()))
 }
@@ -202,8 +205,10 @@ impl Written {
         let io = |source| Error::Io { what: "cannot write a request to the emulated host".into(), source };
         let bytes = serde_json::to_vec(request).map_err(|error| io(error.into()))?;
         // A name that nobody has had: what is remembered of a name in there need not be current.
-        let mut file = tempfile::Builder::new().prefix("r").suffix(".json").tempfile_in(files.requests()).map_err(io)?;
-        rustix::fs::flock(file.as_file(), rustix::fs::FlockOperation::LockExclusive).map_err(|e| io(e.into()))?;
+        let mut file =
+            tempfile::Builder::new().prefix("r").suffix(".json").tempfile_in(files.requests()).map_err(io)?;
+        rustix::fs::flock(file.as_file(), rustix::fs::FlockOperation::LockExclusive)
+            .map_err(|e| io(e.into()))?;
         io::Write::write_all(&mut file, &bytes).map_err(io)?;
         let (lock, request) = file.keep().map_err(|error| io(error.error))?;
         Ok(Self { answer: request.with_extension("answer"), request, _lock: lock })
@@ -305,7 +310,8 @@ fn answer_within(
             return Ok(answer);
         }
         if !alive || Instant::now() >= end || drain(signals) {
-            let how = status.code().map_or_else(|| "by a signal".into(), |code| format!("with status {code}"));
+            let how =
+                status.code().map_or_else(|| "by a signal".into(), |code| format!("with status {code}"));
             return Err(Error::Lost(format!(" (ssh ended {how})")));
         }
         thread::sleep(Duration::from_millis(50));
@@ -396,7 +402,8 @@ fn umask() -> u32 {
 }
 
 fn environment(files: &Files) -> Vec<(OsString, OsString)> {
-    let carried = std::env::vars_os().filter(|(name, _)| !NOT_CARRIED.iter().any(|not| name == not) && name != "LAB_HOME");
+    let carried = std::env::vars_os()
+        .filter(|(name, _)| !NOT_CARRIED.iter().any(|not| name == not) && name != "LAB_HOME");
     carried
         .chain([
             ("LAB_HOME".into(), files.home.clone().into()),

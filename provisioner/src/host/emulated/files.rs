@@ -123,13 +123,15 @@ pub fn open_lock(path: &Path) -> io::Result<File> {
 
 /// Takes a lock, waiting for at most `limit`; `waiting` is called once if it has to wait. `None` if it was held until
 /// the end.
-pub fn lock_within(path: &Path, shared: bool, limit: Duration, waiting: impl FnOnce()) -> io::Result<Option<File>> {
+pub fn lock_within(
+    path: &Path,
+    shared: bool,
+    limit: Duration,
+    waiting: impl FnOnce(),
+) -> io::Result<Option<File>> {
     let file = open_lock(path)?;
-    let operation = if shared {
-        FlockOperation::NonBlockingLockShared
-    } else {
-        FlockOperation::NonBlockingLockExclusive
-    };
+    let operation =
+        if shared { FlockOperation::NonBlockingLockShared } else { FlockOperation::NonBlockingLockExclusive };
     let end = Instant::now() + limit;
     let mut waiting = Some(waiting);
     loop {

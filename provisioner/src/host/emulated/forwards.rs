@@ -120,7 +120,8 @@ pub fn claim(files: &Files, wanted: &[Forward]) -> Result<(), Error> {
 pub fn sync(files: &Files, sequence: u64, reported: &[Forward]) -> Result<(), Error> {
     let mut lock = lock(files)?;
     let mut text = String::new();
-    let unreadable = |source| Error::Io { what: format!("cannot use {}", files.forwards_lock().display()), source };
+    let unreadable =
+        |source| Error::Io { what: format!("cannot use {}", files.forwards_lock().display()), source };
     lock.read_to_string(&mut text).map_err(unreadable)?;
     if text.trim().parse::<u64>().is_ok_and(|applied| applied >= sequence) {
         return Ok(());
@@ -165,8 +166,12 @@ fn add(qmp: &mut Qmp, forward: &Open) -> Result<(), Error> {
         Protocol::Udp => UdpSocket::bind(at).map(drop),
     };
     Err(match why {
-        Err(source) => Error::Port { protocol: word(forward.protocol), bind: forward.bind, port: forward.port, source },
-        Ok(()) => qmp::Error::Refused { command: format!("hostfwd_add {}", forward.name()), reason: said }.into(),
+        Err(source) => {
+            Error::Port { protocol: word(forward.protocol), bind: forward.bind, port: forward.port, source }
+        }
+        Ok(()) => {
+            qmp::Error::Refused { command: format!("hostfwd_add {}", forward.name()), reason: said }.into()
+        }
     })
 }
 
@@ -192,7 +197,13 @@ mod tests {
         UDP[HOST_FORWARD]  32               *  5353       127.0.0.1  5353     0     0\r\n";
 
     fn forward(bind: [u8; 4], port: u16, protocol: Protocol) -> Forward {
-        Forward { bind: bind.into(), host_port: port, guest_ip: [192, 168, 1, 10].into(), guest_port: 80, protocol }
+        Forward {
+            bind: bind.into(),
+            host_port: port,
+            guest_ip: [192, 168, 1, 10].into(),
+            guest_port: 80,
+            protocol,
+        }
     }
 
     #[test]

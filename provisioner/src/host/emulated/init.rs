@@ -100,11 +100,8 @@ pub fn run(config: &Path) -> ! {
 /// Gives this process the console, which the kernel could not open before /dev was there.
 fn console() -> Result<(), Error> {
     mount_at("devtmpfs", "/dev", "mode=0755")?;
-    let console = File::options()
-        .read(true)
-        .write(true)
-        .open("/dev/console")
-        .map_err(failed("open /dev/console"))?;
+    let console =
+        File::options().read(true).write(true).open("/dev/console").map_err(failed("open /dev/console"))?;
     rustix::stdio::dup2_stdin(&console).map_err(failed("standard input"))?;
     rustix::stdio::dup2_stdout(&console).map_err(failed("standard output"))?;
     rustix::stdio::dup2_stderr(&console).map_err(failed("standard error"))
@@ -132,7 +129,10 @@ fn serve(config: &Path) -> Result<(), Error> {
     let mut server = start_server(&config)?;
     wait_for_server()?;
     println!("{READY}");
-    thread::Builder::new().name("later".into()).spawn(move || later(&later_modules)).map_err(failed("start a thread"))?;
+    thread::Builder::new()
+        .name("later".into())
+        .spawn(move || later(&later_modules))
+        .map_err(failed("start a thread"))?;
     loop {
         match rustix::process::wait(WaitOptions::empty()) {
             Ok(Some((pid, _))) if pid == Pid::from_child(&server) && !STOPPING.load(Ordering::SeqCst) => {
@@ -168,7 +168,10 @@ fn mounts(config: &InitConfig) -> Result<(), Error> {
     for folder in &config.writable {
         if folder.starts_with("/run") || folder.starts_with("/dev") {
             return Err(Error {
-                what: format!("{} is on a file system of the real machine's own: choose another LAB_HOME", folder.display()),
+                what: format!(
+                    "{} is on a file system of the real machine's own: choose another LAB_HOME",
+                    folder.display()
+                ),
                 source: io::ErrorKind::Unsupported.into(),
             });
         }
@@ -180,11 +183,13 @@ fn mounts(config: &InitConfig) -> Result<(), Error> {
         }
     }
     // The name server's address is written where /etc/resolv.conf leads, which may be below /run.
-    let resolver = fs::canonicalize("/etc/resolv.conf").or_else(|_| fs::read_link("/etc/resolv.conf").map(|link| Path::new("/etc").join(link)));
+    let resolver = fs::canonicalize("/etc/resolv.conf")
+        .or_else(|_| fs::read_link("/etc/resolv.conf").map(|link| Path::new("/etc").join(link)));
     mount_at("tmpfs", "/run", "mode=0755")?;
     private(RUN, 0o755)?;
     private("/run/lock", 0o1777)?;
-    fs::write(format!("{RUN}/resolv.conf"), format!("nameserver {NAME_SERVER}\n")).map_err(failed("resolv.conf"))?;
+    fs::write(format!("{RUN}/resolv.conf"), format!("nameserver {NAME_SERVER}\n"))
+        .map_err(failed("resolv.conf"))?;
     match resolver {
         Ok(path) if path.starts_with("/run") => {
             private(path.parent().unwrap_or(Path::new("/run")), 0o755)?;
@@ -378,7 +383,8 @@ fn stop() -> ! {
 fn others() -> bool {
     fs::read_dir("/proc").into_iter().flatten().flatten().any(|entry| {
         let name = entry.file_name();
-        let number = name.to_str().is_some_and(|name| name != "1" && name.bytes().all(|byte| byte.is_ascii_digit()));
+        let number =
+            name.to_str().is_some_and(|name| name != "1" && name.bytes().all(|byte| byte.is_ascii_digit()));
         // Kernel threads and zombies have no command line.
         number && fs::read(entry.path().join("cmdline")).is_ok_and(|line| !line.is_empty())
     })

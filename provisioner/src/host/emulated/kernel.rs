@@ -81,7 +81,8 @@ pub fn open(folder: &Path) -> Option<Kernel> {
 /// Fetches the kernel from Debian's archive into `folder`, which appears when it is complete. Takes some ten seconds.
 pub fn prepare(folder: &Path) -> Result<Kernel, Error> {
     let parent = folder.parent().unwrap_or(Path::new("."));
-    let work = tempfile::Builder::new().prefix(".kernel-").tempdir_in(parent).map_err(io_error("write", parent))?;
+    let work =
+        tempfile::Builder::new().prefix(".kernel-").tempdir_in(parent).map_err(io_error("write", parent))?;
     let package = lab_images::kernel_package::fetch(&work.path().join("package"), SUITE)?;
     let made = work.path().join("made");
     fs::create_dir_all(made.join("modules")).map_err(io_error("create", &made))?;

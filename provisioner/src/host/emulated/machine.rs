@@ -24,9 +24,9 @@ use super::{
 use crate::{child, json_file, lock, paths::Paths};
 
 /// Least memory that the machine starts with, in MiB.
-const LEAST_MEMORY_MIB: u64 = 1536;
+pub const LEAST_MEMORY_MIB: u64 = 1536;
 /// Memory that the real machine keeps, in MiB.
-const RESERVE_MIB: u64 = 1024;
+pub const RESERVE_MIB: u64 = 1024;
 /// How long the machine may take to end by itself.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// How long another command may take to start or stop the machine, or may use `LAB_HOME` without it (it may be fetching
@@ -66,7 +66,12 @@ pub fn lock_start(files: &Files, shared: bool, say: &mut dyn FnMut(&str)) -> Res
 }
 
 /// Starts the machine where it is not running. The caller holds the lock of [`lock_start`].
-pub fn ensure(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str)) -> Result<State, Error> {
+pub fn ensure(
+    files: &Files,
+    paths: &Paths,
+    by_hand: bool,
+    say: &mut dyn FnMut(&str),
+) -> Result<State, Error> {
     let end = Instant::now() + START_LIMIT;
     loop {
         match status(files) {
@@ -141,7 +146,8 @@ fn start(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str))
     match (line.trim(), status(files)) {
         ("ready", Status::Running(state)) => Ok(state),
         (said, _) => {
-            let reason = if said.is_empty() || said == "ready" { "its supervisor ended" } else { said }.into();
+            let reason =
+                if said.is_empty() || said == "ready" { "its supervisor ended" } else { said }.into();
             Err(Error::Start { reason, logs: files.dir.clone() })
         }
     }
@@ -161,7 +167,8 @@ fn forget(files: &Files) {
 }
 
 fn log(path: &Path) -> Result<File, Error> {
-    File::create(path).map_err(|source| Error::Io { what: format!("cannot write {}", path.display()), source })
+    File::create(path)
+        .map_err(|source| Error::Io { what: format!("cannot write {}", path.display()), source })
 }
 
 /// A path goes into the kernel's command line between quotes.

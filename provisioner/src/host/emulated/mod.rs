@@ -78,7 +78,9 @@ pub enum Error {
         available: u64,
     },
     /// A path that the kernel's command line can't hold.
-    #[error("the emulated host cannot start: the path {0:?} has a character that a kernel's command line cannot hold (a quote, `=` or a line's end)")]
+    #[error(
+        "the emulated host cannot start: the path {0:?} has a character that a kernel's command line cannot hold (a quote, `=` or a line's end)"
+    )]
     Path(PathBuf),
     /// It did not come up.
     #[error("the emulated host did not start: {reason} (its messages are in {logs}/*.log)")]
@@ -101,7 +103,9 @@ pub enum Error {
     #[error("the emulated host does not end: kill process {0}")]
     DoesNotStop(u32),
     /// A port of this machine is taken.
-    #[error("{protocol} port {bind}:{port} of this machine cannot be used: {source}: choose another port for the forward, or end what uses it")]
+    #[error(
+        "{protocol} port {bind}:{port} of this machine cannot be used: {source}: choose another port for the forward, or end what uses it"
+    )]
     Port {
         /// `tcp` or `udp`.
         protocol: &'static str,
@@ -113,10 +117,14 @@ pub enum Error {
         source: io::Error,
     },
     /// The connection broke.
-    #[error("the emulated host was lost while the command ran in it{0}: see `lab host status`, then run the command again")]
+    #[error(
+        "the emulated host was lost while the command ran in it{0}: see `lab host status`, then run the command again"
+    )]
     Lost(String),
     /// The current folder is not visible in there.
-    #[error("the folder {0} does not exist in the emulated host, which has its own /run, /dev, /proc and /sys: work in another folder")]
+    #[error(
+        "the folder {0} does not exist in the emulated host, which has its own /run, /dev, /proc and /sys: work in another folder"
+    )]
     Folder(PathBuf),
     /// A program can't be started.
     #[error("cannot run {program}: {source}")]

@@ -130,9 +130,13 @@ mod tests {
     fn refusals_and_broken_connections_are_errors() {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("qmp");
-        let server = server(&socket, &["{\"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}"]);
+        let server =
+            server(&socket, &["{\"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}}"]);
         let mut qmp = Qmp::connect(&socket).unwrap();
-        assert_eq!(qmp.monitor("x").unwrap_err().to_string(), "QEMU refused human-monitor-command: no such thing");
+        assert_eq!(
+            qmp.monitor("x").unwrap_err().to_string(),
+            "QEMU refused human-monitor-command: no such thing"
+        );
         server.join().unwrap();
         assert!(matches!(qmp.monitor("x"), Err(Error::Io { .. })));
         assert!(matches!(Qmp::connect(&dir.path().join("none")), Err(Error::Io { .. })));

@@ -112,9 +112,8 @@ fn supervise(files: &Files) -> Result<(), Error> {
     let held = lock::try_lock(&files.machine()).map_err(failed("cannot lock the emulated host"))?;
     let mut machine = held.ok_or(Error::Running)?;
     machine.set_len(0).map_err(failed("cannot write the emulated host's state"))?;
-    let config: Config = json_file::read(&files.supervisor())?.ok_or_else(|| {
-        failed("cannot read its configuration")(io::ErrorKind::NotFound.into())
-    })?;
+    let config: Config = json_file::read(&files.supervisor())?
+        .ok_or_else(|| failed("cannot read its configuration")(io::ErrorKind::NotFound.into()))?;
     std::env::set_current_dir("/").map_err(failed("cannot enter /"))?;
 
     let mut virtiofsd = start_virtiofsd(files, &config).map_err(failed("cannot start virtiofsd"))?;
@@ -122,7 +121,8 @@ fn supervise(files: &Files) -> Result<(), Error> {
     rustix::io::fcntl_setfd(&machine, rustix::io::FdFlags::empty()).map_err(|e| failed("fcntl")(e.into()))?;
     let mut qemu = start_qemu(files, &config).map_err(failed("cannot start QEMU"))?;
     let console = qemu.stdout.take().ok_or_else(|| failed("no console")(io::ErrorKind::BrokenPipe.into()))?;
-    let mut console = Console::new(console, &files.log("console")).map_err(failed("cannot write console.log"))?;
+    let mut console =
+        Console::new(console, &files.log("console")).map_err(failed("cannot write console.log"))?;
 
     let ended = run_until_end(files, &config, &mut machine, &mut console, [&mut virtiofsd, &mut qemu]);
     // Either of them is no machine without the other.
@@ -207,7 +207,7 @@ fn write_state(files: &Files, config: &Config, machine: &mut File) -> Result<(),
     machine.write_all(&line).map_err(failed("cannot write the emulated host's state"))
 }
 
-/// Lets the kernel kill a child when this process dies, however it dies.
+/// Lets the kernel kill a child when the thread that starts it dies, however it dies: here the only one.
 fn die_with_us(command: &mut Command) -> &mut Command {
     let parent = rustix::process::getpid();
     // SAFETY: between fork and exec, prctl(2) and getppid(2) are async-signal-safe and touch no memory of the parent.
@@ -398,14 +398,14 @@ mod tests {
 
     #[test]
     fn children_die_with_their_parent() {
-        // A process that starts a child as the supervisor does, and is then killed.
-        let mut parent = Command::new("sh");
-        parent.args(["-c", "exec tail -f /dev/null"]).stdout(Stdio::piped());
-        let child = die_with_us(&mut parent).spawn().unwrap();
-        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
-        assert!(status.contains(&format!("PPid:\t{}", std::process::id())));
-        let mut child = child;
-        child.kill().unwrap();
-        child.wait().unwrap();
+        // The kernel counts the thread that started the child as its parent (prctl(2), PR_SET_PDEATHSIG).
+        let start = || {
+            let mut command = Command::new("tail");
+            command.args(["-f", "/dev/null"]);
+            die_with_us(&mut command).spawn().unwrap()
+        };
+        let mut child = std::thread::spawn(start).join().unwrap();
+        let status = crate::child::wait(&mut child, Duration::from_secs(20)).unwrap();
+        assert_eq!(status.and_then(|status| std::os::unix::process::ExitStatusExt::signal(&status)), Some(9));
     }
 }

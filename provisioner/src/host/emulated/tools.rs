@@ -19,7 +19,9 @@ pub enum Error {
     #[error("{0} is not installed: run scripts/install-dependencies")]
     Missing(&'static str),
     /// It is there, and too old.
-    #[error("QEMU {found} is too old for the emulated host, which needs {OLDEST_QEMU} or newer: run scripts/install-dependencies")]
+    #[error(
+        "QEMU {found} is too old for the emulated host, which needs {OLDEST_QEMU} or newer: run scripts/install-dependencies"
+    )]
     OldQemu {
         /// Its version.
         found: String,
@@ -50,7 +52,9 @@ impl Tools {
         let qemu = found("qemu-system-x86_64")?;
         let version = qemu_version(&qemu).unwrap_or_default();
         if major(&version) < OLDEST_QEMU {
-            return Err(Error::OldQemu { found: if version.is_empty() { "of unknown version".into() } else { version } });
+            return Err(Error::OldQemu {
+                found: if version.is_empty() { "of unknown version".into() } else { version },
+            });
         }
         Ok(Self {
             qemu,
@@ -141,7 +145,10 @@ mod tests {
     fn versions_are_read() {
         let dir = tempfile::tempdir().unwrap();
         let qemu = dir.path().join("qemu");
-        program(&qemu, "#!/bin/sh\necho 'QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)'\necho Copyright\n");
+        program(
+            &qemu,
+            "#!/bin/sh\necho 'QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)'\necho Copyright\n",
+        );
         assert_eq!(qemu_version(&qemu).as_deref(), Some("10.0.2"));
         assert_eq!(major("10.0.2"), 10);
         assert_eq!(major("?"), 0);
