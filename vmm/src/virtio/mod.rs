@@ -13,6 +13,7 @@ mod queue;
 #[cfg(test)]
 mod testing;
 pub mod transport;
+pub mod vsock;
 mod worker;
 
 use std::sync::Arc;

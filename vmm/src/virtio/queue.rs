@@ -194,7 +194,7 @@ pub(crate) struct Chain<'m> {
 }
 
 /// Pieces of guest memory, one after the other. The guest may change them at any time.
-#[derive(Default)]
+#[derive(Default, Clone)]
 pub(crate) struct Segments<'m> {
     slices: Vec<VolatileSlice<'m>>,
     length: usize,
