@@ -5,10 +5,7 @@ use std::{
     os::{fd::AsRawFd, unix::net::UnixStream},
 };
 
-use super::{
-    notify::{Lines, Notified},
-    packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, STREAM, operation},
-};
+use super::packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, STREAM, operation};
 use crate::virtio::queue::{Pieces, Segments};
 
 /// Bytes from the guest that are kept for a host that does not read, and what the guest is told of it.
@@ -20,8 +17,6 @@ pub(super) const WORTH_TELLING: u32 = BUFFER as u32 / 4;
 pub(super) enum Peer {
     /// Another process.
     Stream(UnixStream),
-    /// This device, for systemd's notifications.
-    Notify(Lines),
     /// Nobody any more.
     Gone,
 }
@@ -81,11 +76,11 @@ pub(super) struct Connection {
 
 impl Connection {
     /// A new connection between the host's end and a port of the guest.
-    pub fn new(cid: u64, host_port: u32, guest_port: u32, peer: Peer, phase: Phase) -> Self {
+    pub fn new(cid: u64, host_port: u32, guest_port: u32, stream: UnixStream, phase: Phase) -> Self {
         Self {
             host_port,
             guest_port,
-            peer,
+            peer: Peer::Stream(stream),
             phase,
             queued: false,
             readable: true,
@@ -126,7 +121,7 @@ impl Connection {
     }
 
     /// Data from the guest.
-    pub fn receive(&mut self, mut data: Segments<'_>, notified: &Notified) {
+    pub fn receive(&mut self, mut data: Segments<'_>) {
         if self.phase != Phase::Open
             || self.guest_ended & NO_SEND != 0
             || self.outgoing.len() + data.len() > BUFFER
@@ -136,13 +131,7 @@ impl Connection {
             return;
         }
         let length = data.len() as u32;
-        match &mut self.peer {
-            Peer::Notify(lines) => {
-                let mut bytes = vec![0; data.len()];
-                data.read(&mut bytes);
-                lines.receive(&bytes, notified);
-                self.forwarded = self.forwarded.wrapping_add(length);
-            }
+        match &self.peer {
             // It was told that nobody receives it.
             _ if self.host_ended & NO_RECEIVE != 0 => self.forwarded = self.forwarded.wrapping_add(length),
             Peer::Gone => {}
@@ -219,15 +208,8 @@ impl Connection {
     }
 
     /// The guest ended directions.
-    pub fn end(&mut self, flags: u32, notified: &Notified) {
+    pub fn end(&mut self, flags: u32) {
         self.guest_ended |= flags & (NO_SEND | NO_RECEIVE);
-        if let Peer::Notify(lines) = &mut self.peer
-            && self.guest_ended & NO_SEND != 0
-        {
-            lines.end(notified);
-            // systemd waits for the end of the connection: all was received.
-            self.reset();
-        }
         if self.outgoing.is_empty() {
             self.end_directions();
         }
@@ -263,10 +245,7 @@ impl Connection {
     }
 
     /// The guest has ended the connection.
-    pub fn forget(&mut self, notified: &Notified) {
-        if let Peer::Notify(lines) = &mut self.peer {
-            lines.end(notified);
-        }
+    pub fn forget(&mut self) {
         if self.has_outgoing() {
             self.phase = Phase::Draining;
         } else {

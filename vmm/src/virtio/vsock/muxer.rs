@@ -2,24 +2,16 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    io::{self, Read, Write},
-    os::{
-        fd::AsFd,
-        unix::net::{UnixListener, UnixStream},
-    },
-    path::PathBuf,
-    sync::Arc,
+    io::Write,
+    os::unix::net::UnixStream,
 };
 
-use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
-};
 use vm_memory::{ByteValued, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
     connection::{Connection, Peer, Phase},
-    notify::{Lines, Notified},
+    host::{Greeting, Host, read_greeting},
     packet::{HEADER, HOST, Header, STREAM, operation},
 };
 use crate::virtio::{
@@ -38,26 +30,10 @@ const STREAMS: u64 = BACK_END + 1;
 const MAX_CONNECTIONS: usize = 1024;
 /// Most answers to packets without a connection that wait for the guest to take them.
 const MAX_REPLIES: usize = 256;
-/// Longest greeting, `CONNECT 4294967295\n`, and a little more.
-const MAX_GREETING: usize = 32;
 /// First port of ours for connections from the host.
 const FIRST_PORT: u32 = 1 << 30;
 
 const STREAM_EVENTS: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
-
-/// What the device has on the host.
-pub(super) struct Host {
-    /// The guest's context id.
-    pub cid: u64,
-    /// The socket's path, and the beginning of those that the guest can connect to.
-    pub socket: PathBuf,
-    /// Where connections from the host come in.
-    pub listener: UnixListener,
-    /// The port where the device listens itself.
-    pub notify_port: Option<u32>,
-    /// What was said there.
-    pub notified: Arc<Notified>,
-}
 
 /// The handler of the device's thread.
 pub(super) struct Muxer {
@@ -173,11 +149,11 @@ impl Muxer {
                 }
             }
             operation::RESET => {
-                connection.forget(&self.host.notified);
+                connection.forget();
                 self.by_ports.remove(&(header.destination_port, header.source_port));
             }
-            operation::SHUTDOWN => connection.end(header.flags, &self.host.notified),
-            operation::DATA => connection.receive(data, &self.host.notified),
+            operation::SHUTDOWN => connection.end(header.flags),
+            operation::DATA => connection.receive(data),
             operation::CREDIT_UPDATE => {}
             operation::CREDIT_REQUEST => connection.ask_credit(),
             _ => connection.reset(),
@@ -194,47 +170,28 @@ impl Muxer {
     /// The guest connects.
     fn open_for_guest(&mut self, header: &Header, poll: &Poll) {
         let (host_port, guest_port) = (header.destination_port, header.source_port);
-        let peer = if !self.make_place() {
-            None
-        } else if self.host.notify_port == Some(host_port) {
-            Some(Peer::Notify(Lines::default()))
-        } else {
-            self.connect(host_port).ok().map(Peer::Stream)
-        };
+        let stream = if self.make_place() { self.host.connect(host_port).ok() } else { None };
         let token = self.new_token();
-        match peer {
-            Some(Peer::Stream(stream)) if poll.add(&stream, STREAM_EVENTS, token).is_err() => {
-                self.refuse(header)
-            }
-            Some(peer) => {
+        match stream {
+            Some(stream) if poll.add(&stream, STREAM_EVENTS, token).is_ok() => {
                 let mut connection =
-                    Connection::new(self.host.cid, host_port, guest_port, peer, Phase::Answering);
+                    Connection::new(self.host.cid, host_port, guest_port, stream, Phase::Answering);
                 connection.credit(header);
                 self.insert(token, connection);
             }
-            None => self.refuse(header),
+            _ => self.refuse(header),
         }
-    }
-
-    /// Connects to whoever listens for a port of the host.
-    fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        let mut path = self.host.socket.clone().into_os_string();
-        path.push(format!("_{port}"));
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
-        Ok(UnixStream::from(socket))
     }
 
     /// Takes connections of the host.
     fn accept(&mut self, poll: &Poll) {
         while self.acceptable && self.make_place() {
-            let Ok((stream, _)) = self.host.listener.accept() else {
+            let Ok(stream) = self.host.accept() else {
                 self.acceptable = false;
                 return;
             };
             let token = self.new_token();
-            if stream.set_nonblocking(true).is_ok() && poll.add(&stream, STREAM_EVENTS, token).is_ok() {
+            if poll.add(&stream, STREAM_EVENTS, token).is_ok() {
                 self.greeting.insert(token, stream);
             }
         }
@@ -264,7 +221,7 @@ impl Muxer {
         }
         let host_port = self.next_port;
         self.next_port = self.next_port.wrapping_add(1).max(FIRST_PORT);
-        let connection = Connection::new(self.host.cid, host_port, port, Peer::Stream(stream), Phase::Asking);
+        let connection = Connection::new(self.host.cid, host_port, port, stream, Phase::Asking);
         self.insert(token, connection);
     }
 
@@ -398,41 +355,6 @@ impl Muxer {
             self.transmit.ring();
         }
         Ok(())
-    }
-}
-
-/// What a connection of the host said first.
-enum Greeting {
-    Port(u32),
-    Incomplete,
-    Bad,
-}
-
-/// Reads `CONNECT port\n`, and not a byte of what follows it.
-fn read_greeting(stream: &mut UnixStream) -> Greeting {
-    let mut line = [0; MAX_GREETING];
-    let length = match recv(stream.as_fd(), &mut line, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok((_, 0)) => return Greeting::Bad,
-        Ok((_, length)) => length,
-        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return Greeting::Incomplete,
-        Err(_) => return Greeting::Bad,
-    };
-    let said = line.get(..length).unwrap_or_default();
-    let Some(end) = said.iter().position(|byte| *byte == b'\n') else {
-        return if length < MAX_GREETING { Greeting::Incomplete } else { Greeting::Bad };
-    };
-    let port = said
-        .get(..end)
-        .and_then(|line| std::str::from_utf8(line).ok())
-        .and_then(|line| line.trim_end_matches('\r').strip_prefix("CONNECT "))
-        .filter(|port| port.bytes().all(|byte| byte.is_ascii_digit()))
-        .and_then(|port| port.parse().ok());
-    // It was there a moment ago, and nobody else reads.
-    let mut taken = [0; MAX_GREETING];
-    let read = taken.get_mut(..=end).is_some_and(|taken| stream.read_exact(taken).is_ok());
-    match port {
-        Some(port) if read => Greeting::Port(port),
-        _ => Greeting::Bad,
     }
 }
 
