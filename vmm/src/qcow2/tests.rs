@@ -113,7 +113,8 @@ fn bad_images_are_told_in_a_sentence() {
         path
     };
     let bad = folder.path().join("bad.qcow2");
-    let cases: [(&str, Box<dyn Fn()>); 13] = [
+    type Damage<'a> = Box<dyn Fn() + 'a>;
+    let cases: [(&str, Damage<'_>); 13] = [
         ("does not begin as one does", Box::new(|| drop(damage(0, b"hello")))),
         ("version other than 2 and 3", Box::new(|| drop(damage(4, &[0, 0, 0, 9])))),
         ("cluster size or refcount width", Box::new(|| drop(damage(20, &[0, 0, 0, 60])))),

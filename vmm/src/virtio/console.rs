@@ -10,7 +10,8 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::{
     Activation, Error, VirtioDevice,
-    queue::{COMMON_FEATURES, DeviceQueue, Given, Segments, read_config},
+    queue::{COMMON_FEATURES, DeviceQueue, Given, read_config},
+    segments::Segments,
     worker::{BACK_END, Fault, Handler, Poll, Worker},
 };
 

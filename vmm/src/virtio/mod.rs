@@ -10,6 +10,7 @@ pub mod counters;
 pub mod entropy;
 pub mod net;
 mod queue;
+mod segments;
 #[cfg(test)]
 mod testing;
 pub mod transport;

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_ring};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{ByteValued, Bytes, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
     Activation, Error, Interrupt,
+    segments::Segments,
     worker::{Fault, Poll},
 };
 
@@ -107,7 +108,7 @@ impl DeviceQueue {
             for slice in slices {
                 segments.push(slice.map_err(|_| self.fault("a buffer outside its memory"))?);
             }
-            if chain.readable.slices.len() + chain.writable.slices.len() > MAX_PIECES {
+            if chain.readable.slices().len() + chain.writable.slices().len() > MAX_PIECES {
                 return Err(self.fault("a chain of more than 1024 pieces"));
             }
         }
@@ -193,188 +194,96 @@ pub(crate) struct Chain<'m> {
     pub writable: Segments<'m>,
 }
 
-/// Pieces of guest memory, one after the other. The guest may change them at any time.
-#[derive(Default, Clone)]
-pub(crate) struct Segments<'m> {
-    slices: Vec<VolatileSlice<'m>>,
-    length: usize,
-}
-
-impl<'m> Segments<'m> {
-    fn push(&mut self, slice: VolatileSlice<'m>) {
-        // A chain is shorter than 4 GiB (virtio-queue), so this cannot overflow.
-        self.length += slice.len();
-        if !slice.is_empty() {
-            self.slices.push(slice);
-        }
-    }
-
-    /// Bytes in all.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.length == 0
-    }
-
-    /// The pieces.
-    pub fn slices(&self) -> &[VolatileSlice<'m>] {
-        &self.slices
-    }
-
-    /// Takes the first `count` bytes off, or all of them if there are fewer.
-    pub fn take(&mut self, count: usize) -> Segments<'m> {
-        let mut taken = Segments::default();
-        let mut whole = 0;
-        for slice in &mut self.slices {
-            let wanted = count - taken.length;
-            if let Ok((front, rest)) = slice.split_at(wanted)
-                && !rest.is_empty()
-            {
-                taken.push(front);
-                *slice = rest;
-                break;
-            }
-            taken.push(*slice);
-            whole += 1;
-        }
-        self.slices.drain(..whole);
-        self.length -= taken.length;
-        taken
-    }
-
-    /// Copies from the front; returns how many bytes there were.
-    pub fn read(&self, buffer: &mut [u8]) -> usize {
-        let mut done = 0;
-        for slice in &self.slices {
-            let Some(rest) = buffer.get_mut(done..) else { break };
-            done += slice.copy_to(rest);
-        }
-        done
-    }
-
-    /// Copies to the front; returns how many bytes found room.
-    pub fn write(&self, data: &[u8]) -> usize {
-        let mut done = 0;
-        for slice in &self.slices {
-            let Some(rest) = data.get(done..).filter(|rest| !rest.is_empty()) else { break };
-            let count = rest.len().min(slice.len());
-            let Some(part) = rest.get(..count) else { break };
-            if slice.write_slice(part, 0).is_err() {
-                break;
-            }
-            done += count;
-        }
-        done
-    }
-
-    /// Takes an object off the front; nothing if there are too few bytes.
-    pub fn take_object<T: ByteValued + Default>(&mut self) -> Option<T> {
-        let mut object = T::default();
-        let front = self.take(size_of::<T>());
-        (front.read(object.as_mut_slice()) == size_of::<T>()).then_some(object)
-    }
-}
-
-/// Pieces of guest memory for system calls, which can be kept while the guest waits for them.
-#[derive(Default)]
-pub(crate) struct Pieces {
-    list: Vec<libc::iovec>,
-    length: usize,
-}
-
-// SAFETY: the pointers are into guest memory, which any thread may use.
-unsafe impl Send for Pieces {}
-
-impl Pieces {
-    /// The pieces of `segments`.
-    ///
-    /// # Safety
-    ///
-    /// The guest memory that `segments` come from must stay mapped as long as the result is used.
-    pub unsafe fn new(segments: &Segments<'_>) -> Self {
-        let list = segments
-            .slices
-            .iter()
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect();
-        Self { list, length: segments.length }
-    }
-
-    /// Bytes in all.
-    pub fn len(&self) -> usize {
-        self.length
-    }
-
-    /// The list for a system call. The guest may change what it points to at any time.
-    pub fn list(&self) -> &[libc::iovec] {
-        &self.list
-    }
-
-    /// The first `length` bytes of many pieces as one list.
-    pub fn concat<'a>(parts: impl Iterator<Item = &'a Pieces>, length: usize) -> Self {
-        let mut whole = Self::default();
-        for piece in parts.flat_map(|part| &part.list) {
-            let count = piece.iov_len.min(length - whole.length);
-            if count == 0 {
-                break;
-            }
-            whole.list.push(libc::iovec { iov_base: piece.iov_base, iov_len: count });
-            whole.length += count;
-        }
-        whole
-    }
-
-    /// Copies from `offset` on; returns how many bytes there were.
-    pub fn read(&self, offset: usize, buffer: &mut [u8]) -> usize {
-        let mut done = 0;
-        self.each(offset, |piece| {
-            let Some(rest) = buffer.get_mut(done..) else { return false };
-            done += piece.copy_to(rest);
-            true
-        });
-        done
-    }
-
-    /// Copies to `offset` on, as far as there is room.
-    pub fn write(&self, offset: usize, data: &[u8]) {
-        let mut data = data;
-        self.each(offset, |piece| {
-            let (now, later) = data.split_at(data.len().min(piece.len()));
-            piece.copy_from(now);
-            data = later;
-            !data.is_empty()
-        });
-    }
-
-    /// Hands out the pieces behind `offset` until `f` has had enough.
-    fn each(&self, mut offset: usize, mut f: impl FnMut(VolatileSlice<'_>) -> bool) {
-        for piece in &self.list {
-            // SAFETY: a piece is guest memory, mapped while `self` is used (see `new`).
-            let slice = unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) };
-            match slice.offset(offset) {
-                Ok(slice) if !slice.is_empty() => {
-                    offset = 0;
-                    if !f(slice) {
-                        return;
-                    }
-                }
-                _ => offset -= slice.len(),
-            }
-        }
-    }
-}
-
 /// Reads a configuration space that is `space`; bytes past its end are zero.
 pub(crate) fn read_config(space: &[u8], offset: u64, data: &mut [u8]) {
     data.fill(0);
     let source = usize::try_from(offset).ok().and_then(|offset| space.get(offset..)).unwrap_or_default();
     for (to, from) in data.iter_mut().zip(source) {
         *to = *from;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use virtio_queue::{
+        desc::{RawDescriptor, split::Descriptor},
+        mock::MockSplitQueue,
+    };
+    use vm_memory::GuestAddress;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::virtio::testing::Recorder;
+
+    const NEXT: u16 = virtio_ring::VRING_DESC_F_NEXT as u16;
+    const WRITE: u16 = virtio_ring::VRING_DESC_F_WRITE as u16;
+    const INDIRECT: u16 = virtio_ring::VRING_DESC_F_INDIRECT as u16;
+
+    /// Address, length, flags, next.
+    type Shape = (u64, u32, u16, u16);
+
+    /// What comes out of a queue with these descriptors, the first of which is a chain's head.
+    fn pop(descriptors: &[Shape]) -> Result<(usize, usize), String> {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mock = MockSplitQueue::new(&memory, 16);
+        for (index, (address, length, flags, next)) in (0u16..).zip(descriptors) {
+            let descriptor = RawDescriptor::from(Descriptor::new(*address, *length, *flags, *next));
+            mock.desc_table().store(index, descriptor).unwrap();
+        }
+        mock.avail().ring().ref_at(0).unwrap().store(0);
+        mock.avail().idx().store(1);
+        let mut queue = DeviceQueue {
+            queue: mock.create_queue().unwrap(),
+            bell: EventFd::new(EFD_NONBLOCK).unwrap(),
+            index: 5,
+            interrupt: Arc::new(Recorder::default()),
+            used: 0,
+        };
+        match queue.pop(&memory) {
+            Ok(chain) => {
+                let chain = chain.expect("there is a chain");
+                assert!(queue.pop(&memory).unwrap().is_none());
+                Ok((chain.readable.len(), chain.writable.len()))
+            }
+            Err(fault) => Err(fault.to_string()),
+        }
+    }
+
+    #[test]
+    fn sound_chains_come_out() {
+        assert_eq!(pop(&[(0x1000, 16, 0, 0)]), Ok((16, 0)));
+        let chain =
+            [(0x1000, 16, NEXT, 2), (0x3000, 1, WRITE, 0), (0x2000, 512, NEXT | WRITE, 1), (0, 0, 0, 0)];
+        assert_eq!(pop(&chain), Ok((16, 513)));
+        // Up to the last byte of memory.
+        assert_eq!(pop(&[(0xfff0, 16, WRITE, 0)]), Ok((0, 16)));
+    }
+
+    #[test]
+    fn unsound_chains_are_faults() {
+        let cases: [(&[Shape], &str); 9] = [
+            (&[(0x1000, 16, NEXT, 0)], "a chain that does not end"),
+            (&[(0x1000, 16, NEXT, 1), (0x1000, 16, NEXT, 0)], "a chain that does not end"),
+            (&[(0x1000, 16, NEXT, 16)], "a chain that does not end"),
+            (&[(0x1000, 16, NEXT | WRITE, 1), (0x1000, 16, 0, 0)], "a readable buffer behind a writable one"),
+            (&[(0xfff1, 16, 0, 0)], "a buffer outside its memory"),
+            (&[(u64::MAX - 3, 16, WRITE, 0)], "a buffer outside its memory"),
+            (&[(0x1000, u32::MAX, 0, 0)], "a buffer outside its memory"),
+            (&[(0x1000, 17, INDIRECT, 0)], "a chain that does not end"),
+            (&[(0x20000, 16, INDIRECT, 0)], "a chain that does not end"),
+        ];
+        for (descriptors, expected) in cases {
+            let told = pop(descriptors).unwrap_err();
+            assert_eq!(told, format!("queue 5: the guest sent {expected}"), "{descriptors:x?}");
+        }
+    }
+
+    #[test]
+    fn configuration_ends() {
+        let mut data = [7; 6];
+        read_config(&[1, 2, 3, 4], 2, &mut data);
+        assert_eq!(data, [3, 4, 0, 0, 0, 0]);
+        read_config(&[1, 2, 3, 4], u64::MAX, &mut data);
+        assert_eq!(data, [0; 6]);
     }
 }

@@ -16,7 +16,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use crate::{
     config::{DiskConfig, DiskFormat},
     qcow2,
-    virtio::{Error, queue::Segments},
+    virtio::{Error, segments::Segments},
 };
 
 /// Zeroes, for file systems that cannot make holes.

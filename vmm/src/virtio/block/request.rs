@@ -6,7 +6,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::{MAX_ZEROES, SECTOR};
-use crate::virtio::queue::{Chain, Segments};
+use crate::virtio::{queue::Chain, segments::Segments};
 
 /// What the disk allows.
 pub(super) struct Limits {

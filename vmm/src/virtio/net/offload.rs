@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::HEADER;
-use crate::virtio::queue::Pieces;
+use crate::virtio::segments::Pieces;
 
 /// What a guest can do.
 pub(super) struct Offload {

@@ -13,7 +13,8 @@ use super::{
 };
 use crate::virtio::{
     counters::Counters,
-    queue::{DeviceQueue, MAX_PIECES, Pieces},
+    queue::{DeviceQueue, MAX_PIECES},
+    segments::Pieces,
     worker::Fault,
 };
 

@@ -11,7 +11,8 @@ use super::{
 };
 use crate::virtio::{
     counters::Counters,
-    queue::{DeviceQueue, Pieces},
+    queue::DeviceQueue,
+    segments::Pieces,
     worker::{Fault, Poll},
 };
 

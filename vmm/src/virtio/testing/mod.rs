@@ -98,8 +98,11 @@ struct Ring {
     avail: u16,
     used: u16,
     /// What was sent and has not come back: descriptors and writable buffers, by head.
-    sent: HashMap<u16, (Vec<u16>, Vec<(u64, usize)>)>,
+    sent: HashMap<u16, Sent>,
 }
+
+/// Descriptors of a chain, and addresses and lengths of what the device may write.
+type Sent = (Vec<u16>, Vec<(u64, usize)>);
 
 /// A driver of one device.
 pub(crate) struct Driver {

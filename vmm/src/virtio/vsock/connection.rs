@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::packet::{HEADER, HOST, Header, NO_RECEIVE, NO_SEND, STREAM, operation};
-use crate::virtio::queue::{Pieces, Segments};
+use crate::virtio::segments::{Pieces, Segments};
 
 /// Bytes from the guest that are kept for a host that does not read, and what the guest is told of it.
 pub(super) const BUFFER: usize = 128 << 10;

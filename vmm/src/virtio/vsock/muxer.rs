@@ -15,7 +15,8 @@ use super::{
     packet::{HEADER, HOST, Header, STREAM, operation},
 };
 use crate::virtio::{
-    queue::{DeviceQueue, Given, Segments},
+    queue::{DeviceQueue, Given},
+    segments::Segments,
     worker::{BACK_END, Fault, Handler, Poll},
 };
 
