@@ -17,7 +17,6 @@ pub const NODE_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
-    "virtio_rng",
     "vmw_vsock_virtio_transport",
     "button",
     "evdev",
