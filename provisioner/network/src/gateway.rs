@@ -13,6 +13,7 @@ use crate::{
         zone::{Verdict, Zone},
     },
     forward::Forwards,
+    fragment::Reassembly,
     frame::{ARP, Frame, IPV4},
     hosts::Hosts,
     lan::Lan,
@@ -42,6 +43,7 @@ pub struct Gateway {
     /// The host's resolvers.
     pub resolvers: Resolvers,
     dhcp: Dhcp,
+    fragments: Reassembly,
     domain: String,
 }
 
@@ -66,6 +68,7 @@ impl Gateway {
             relay: Relay::default(),
             resolvers: Resolvers::new(outside.resolv_conf.clone(), outside.dns_port),
             dhcp: Dhcp::new(domain.clone()),
+            fragments: Reassembly::default(),
             domain,
         }
     }
@@ -81,7 +84,7 @@ impl Gateway {
     pub fn input(&mut self, port: u64, frame: &Frame, lan: &mut Lan) {
         match frame.ethertype {
             ARP => lan.arp(frame.payload(), frame.source),
-            IPV4 => self.ipv4(port, frame, lan),
+            IPV4 => self.packet(port, frame, frame.payload(), lan),
             _ => {}
         }
     }
@@ -115,12 +118,17 @@ impl Gateway {
         self.relay.expire(&mut self.resolvers, lan);
     }
 
-    fn ipv4(&mut self, port: u64, frame: &Frame, lan: &mut Lan) {
-        let Ok(packet) = Ipv4Packet::new_checked(frame.payload()) else { return };
+    /// Take an IPv4 packet, which came in `frame` or in it and others.
+    fn packet(&mut self, port: u64, frame: &Frame, bytes: &[u8], lan: &mut Lan) {
+        let Ok(packet) = Ipv4Packet::new_checked(bytes) else { return };
         if packet.version() != 4 || packet.header_len() < 20 {
             return;
         }
         if packet.more_frags() || packet.frag_offset() != 0 {
+            let through = frame.destination.is_unicast() && lan.is_node(packet.src_addr());
+            if through && let Some(whole) = self.fragments.add(&packet, lan.now) {
+                self.packet(port, frame, &whole, lan);
+            }
             return;
         }
         let (from, to) = (packet.src_addr(), packet.dst_addr());

@@ -11,6 +11,7 @@ pub mod control_server;
 pub mod dhcp;
 pub mod dns;
 pub mod forward;
+pub mod fragment;
 pub mod frame;
 pub mod gateway;
 pub mod hosts;

@@ -50,10 +50,15 @@ impl Neighbors {
         (now.saturating_duration_since(known.heard) < FRESH).then_some(known.mac)
     }
 
-    /// `ip` was heard at `mac`. Returns the packets that waited for it, whether any did or somebody else did.
+    /// `ip` was heard at `mac`. If that is news: the packets that waited for it.
     pub fn heard(&mut self, ip: Ipv4Addr, mac: EthernetAddress, now: Instant) -> Option<Vec<Vec<u8>>> {
         if let Some(known) = self.known.get_mut(&ip) {
+            let fresh = now.saturating_duration_since(known.heard) < FRESH;
+            let news = known.mac != mac || !fresh;
             *known = Known { mac, heard: now };
+            if !news {
+                return None;
+            }
         } else {
             let purge = self.purged.is_none_or(|then| now.saturating_duration_since(then) >= RETRY);
             if self.known.len() >= MAX_KNOWN && purge {
@@ -65,8 +70,7 @@ impl Neighbors {
             }
             self.known.insert(ip, Known { mac, heard: now });
         }
-        // The table of questions is nearly always empty.
-        if self.asked.is_empty() { None } else { self.asked.remove(&ip).map(|asked| asked.waiting) }
+        Some(self.asked.remove(&ip).map(|asked| asked.waiting).unwrap_or_default())
     }
 
     /// Somebody needs `ip`; a packet may wait for it. Whether to ask for it now.

@@ -19,7 +19,7 @@ const QUEUE_BYTES: usize = 1 << 20;
 /// Most packets that wait for a card that does not read.
 const QUEUE_PACKETS: usize = 512;
 /// For how long senders are held back for a card that does not read; afterwards its packets are dropped.
-const PATIENCE: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// What became of a packet for a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

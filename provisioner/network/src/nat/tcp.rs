@@ -38,7 +38,7 @@ const MAX_FLOWS: usize = 4096;
 /// A node that has been out of reach for so long loses its flows.
 const MAX_SILENCE: Duration = Duration::from_secs(900);
 /// Time between two tries to reach a node whose path is blocked, besides those when it opens.
-const RETRY: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_secs(2);
 /// Longest SYN that is kept, in bytes: both headers with all their options.
 const MAX_SYN: usize = 120;
 /// First port of the gateway for connections into the lab.
@@ -352,7 +352,7 @@ impl TcpFlows {
                 return self.remove(id);
             }
             Egress::Blocked => {
-                due = due.or(Some(lan.now + RETRY));
+                due = Some(due.map_or(lan.now + RETRY, |due| due.min(lan.now + RETRY)));
                 if !std::mem::replace(&mut flow.blocked, true) {
                     self.blocked.push(id);
                 }

@@ -91,10 +91,11 @@ impl Lab {
         change(&mut config, &mut outside);
         let (stop, stopped) = UnixStream::pair().unwrap();
         let network = Network::open(config.clone(), &outside, &stopped).unwrap();
-        let thread = std::thread::spawn(move || {
+        let thread = std::thread::Builder::new().name("network".into()).spawn(move || {
             network.run().unwrap();
             drop(stopped);
         });
+        let thread = thread.unwrap();
         Lab { dir, config, stop, thread: Some(thread) }
     }
 

@@ -1,0 +1,207 @@
+//! The command itself: how it starts, ends, and what it leaves behind.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod common;
+
+use std::{
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::net::UnixStream,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Instant,
+};
+
+use common::{GATEWAY, Guest, LIMIT};
+use lab_net::{
+    config::NetworkConfig,
+    control::{Action, Reply},
+};
+use rustix::process::{Pid, Signal};
+
+struct Process {
+    child: Child,
+    config: NetworkConfig,
+}
+
+fn spawn(dir: &Path, config: &NetworkConfig) -> Child {
+    let path = dir.join("network.json");
+    std::fs::write(&path, serde_json::to_vec(config).unwrap()).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_lab-net"))
+        .arg("--config")
+        .arg(path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Start the command and wait until it is ready.
+fn start(dir: &Path) -> Process {
+    let config = common::config(dir);
+    let mut child = spawn(dir, &config);
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    Process { child, config }
+}
+
+impl Process {
+    fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Wait for its end: whether it succeeded, and what it said.
+    fn ended(&mut self) -> (bool, String) {
+        ended(&mut self.child)
+    }
+
+    fn resident_kib(&self) -> usize {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn ended(child: &mut Child) -> (bool, String) {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            let mut words = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut words).unwrap();
+            return (status.success(), words);
+        }
+        assert!(start.elapsed() < LIMIT, "lab-net does not end");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+fn folder() -> tempfile::TempDir {
+    use std::os::unix::fs::PermissionsExt;
+    tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o700)).tempdir().unwrap()
+}
+
+fn ask(config: &NetworkConfig, action: Action) -> Reply {
+    common::ask(&mut BufReader::new(UnixStream::connect(&config.control).unwrap()), action)
+}
+
+#[test]
+fn it_starts_once_ends_on_a_signal_and_leaves_nothing() {
+    let dir = folder();
+    let mut first = start(dir.path());
+    let second = ended(&mut spawn(dir.path(), &first.config));
+    let lock = first.config.lock.display();
+    assert_eq!(second, (false, format!("lab-net: the lab's network is running already: {lock} is locked\n")));
+    assert!(matches!(ask(&first.config, Action::Status), Reply::Status(_)), "the first one goes on");
+    first.signal(Signal::TERM);
+    assert_eq!(first.ended(), (true, String::new()));
+    assert!(!first.config.socket.exists() && !first.config.control.exists());
+    let mut again = start(dir.path());
+    assert_eq!(ask(&again.config, Action::Stop), Reply::Done);
+    assert_eq!(again.ended(), (true, String::new()));
+}
+
+#[test]
+fn a_killed_one_is_replaced() {
+    let dir = folder();
+    let mut killed = start(dir.path());
+    killed.signal(Signal::KILL);
+    assert!(!killed.ended().0);
+    assert!(killed.config.socket.exists());
+    let next = start(dir.path());
+    assert!(matches!(ask(&next.config, Action::Status), Reply::Status(_)));
+}
+
+#[test]
+fn wrong_configurations_are_refused_in_words() {
+    let dir = folder();
+    let good = common::config(dir.path());
+    type Change = fn(&mut NetworkConfig);
+    let cases: [(Change, &str); 5] = [
+        (|c| c.prefix = 31, "subnet 10.77.0.0/31: write a network address, with a prefix of 8 to 29 bits"),
+        (
+            |c| c.subnet = "10.77.0.5".parse().unwrap(),
+            "subnet 10.77.0.5/24: write a network address, with a prefix of 8 to 29 bits",
+        ),
+        (
+            |c| c.gateway = "10.78.0.1".parse().unwrap(),
+            "gateway 10.78.0.1 is not an address of 10.77.0.0/24 that a host can have",
+        ),
+        (
+            |c| c.hosts[0].ip = "10.78.0.9".parse().unwrap(),
+            "node n10: 10.78.0.9 is not an address for a node in 10.77.0.0/24, whose gateway is 10.77.0.1",
+        ),
+        (
+            |c| c.socket = "/x/y.sock".into(),
+            "cannot use the folder /x: No such file or directory (os error 2)",
+        ),
+    ];
+    for (change, message) in cases {
+        let mut config = good.clone();
+        change(&mut config);
+        assert_eq!(ended(&mut spawn(dir.path(), &config)), (false, format!("lab-net: {message}\n")));
+    }
+    std::fs::write(dir.path().join("broken.json"), "{").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_lab-net"))
+        .arg("--config")
+        .arg(dir.path().join("broken.json"))
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    assert!(String::from_utf8(output.stderr).unwrap().contains("broken.json: EOF while parsing"));
+}
+
+#[test]
+fn three_nodes_and_their_flows_fit_into_16_mib() {
+    let dir = folder();
+    let process = start(dir.path());
+    let config = &process.config;
+    let mut guests: Vec<Guest> = (10..13)
+        .map(|n| {
+            let mut guest = Guest::unconfigured(common::card(&config.socket, &format!("n{n}")), n);
+            guest.dhcp();
+            guest
+        })
+        .collect();
+    // Each has opened a hundred connections one after the other, and asked for a hundred names.
+    for guest in &mut guests {
+        for _ in 0..100 {
+            let (handle, connected) = guest.connected(std::net::SocketAddrV4::new(GATEWAY, 53));
+            assert!(connected);
+            let mut query = vec![0, 0, 0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3];
+            query.extend(b"n11\0\0\x01\0\x01");
+            query[1] = query.len() as u8 - 2;
+            guest.tcp(handle).send_slice(&query).unwrap();
+            guest.until("an answer", |guest| guest.tcp(handle).can_recv().then_some(()));
+            guest.tcp(handle).close();
+            guest.until("the end", |guest| (!guest.tcp(handle).is_active()).then_some(()));
+            guest.sockets.remove(handle);
+        }
+    }
+    // And streams go through it.
+    let mut client = UnixStream::connect(&config.control).unwrap();
+    let guest = &mut guests[0];
+    let handle = guest.listen(7);
+    client.write_all(b"{\"v\":1,\"do\":\"dial\",\"ip\":\"10.77.0.10\",\"port\":7}\n").unwrap();
+    let data = common::noise(20 << 20, 9);
+    std::thread::scope(|scope| {
+        scope.spawn(|| client.write_all(&data).unwrap());
+        let mut got = 0;
+        guest.until("all of it", |guest| {
+            while let Ok(len @ 1..) = guest.tcp(handle).recv(|bytes| (bytes.len(), bytes.len())) {
+                got += len;
+            }
+            (got == data.len()).then_some(())
+        });
+    });
+    let resident = process.resident_kib();
+    assert!(resident < 16 << 10, "{resident} KiB");
+    println!("{resident} KiB with three nodes");
+}
