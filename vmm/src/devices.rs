@@ -23,6 +23,7 @@ use crate::{
         entropy::Entropy,
         net::Net,
         transport::{self, BAR_SIZE, VirtioPci},
+        vsock::Vsock,
     },
 };
 
@@ -87,6 +88,9 @@ impl Devices {
             devices.nets.push(device.counters());
             devices.links.push(device.joined());
             slots.add(device);
+        }
+        if let Some(vsock) = &config.vsock {
+            slots.add(Vsock::new(vsock)?);
         }
         if slots.functions.len() > SLOTS {
             return Err(Error::TooMany(slots.functions.len()));

@@ -142,6 +142,12 @@ fn load_elf(memory: &GuestMemoryMmap, file: &mut File) -> Result<Kernel, String>
     Ok(Kernel { entry: Entry::Pvh { address: entry.0 }, end: loaded.kernel_end })
 }
 
+/// What the loader says, without its layers of "Kernel Loader: ".
+fn reason(error: &linux_loader::loader::Error) -> String {
+    let text = error.to_string();
+    text.rsplit("Kernel Loader: ").next().unwrap_or(&text).trim_end_matches('.').to_lowercase()
+}
+
 fn load_bzimage(memory: &GuestMemoryMmap, file: &mut File, size: u64) -> Result<Kernel, String> {
     const NEITHER: &str = "is neither an ELF kernel with a PVH entry point nor a bzImage";
     let loaded =
@@ -151,7 +157,7 @@ fn load_bzimage(memory: &GuestMemoryMmap, file: &mut File, size: u64) -> Result<
                 Error::Bzimage(bzimage::Error::InvalidBzImage | bzimage::Error::ReadBzImageHeader) => {
                     NEITHER.into()
                 }
-                error => format!("is cut short or corrupt, or needs more memory ({error})"),
+                error => format!("is cut short or corrupt, or needs more memory ({})", reason(&error)),
             }
         })?;
     let Some(header) = loaded.setup_header else { return Err(NEITHER.into()) };
