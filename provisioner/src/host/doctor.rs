@@ -213,7 +213,7 @@ fn siblings() -> Finding {
     if missing.is_empty() {
         return finding("lab", Grade::Ok, format!("lab-vmm and lab-net are in {}", folder.display()), None);
     }
-    let found = format!("{} is not in {}", missing.join(" and "), folder.display());
+    let found = format!("{} lacks {}", folder.display(), missing.join(" and "));
     finding("lab", Grade::Problem, found, Some("build all of it: cargo build --release".into()))
 }
 

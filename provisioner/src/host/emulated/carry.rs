@@ -1,22 +1,26 @@
 //! Commands that are carried into the emulated host, as seen from outside: same arguments, folder, environment and
-//! file mode mask, the terminal if there is one, and the exit status back. The carrier is the system's OpenSSH client;
-//! what it would lose (arguments as they are, status 255, the end of an interrupted command) goes through two files.
+//! file mode mask, the terminal if there is one, and the exit status back. The carrier of standard input and output is
+//! the system's OpenSSH client. What it would lose (arguments as they are, signals, status 255) goes through a file and
+//! a TCP connection that comes back from the wrapper in there; its end is the end of the one side for the other.
 
 use std::{
     ffi::{OsStr, OsString},
     fs::{self, File},
-    io::{self, IsTerminal, Read},
-    os::unix::{ffi::OsStrExt, net::UnixStream, process::ExitStatusExt},
+    io::{self, IsTerminal, Read, Write},
+    net::{Ipv4Addr, TcpListener, TcpStream},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::{ffi::OsStrExt, net::UnixStream, process::CommandExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
-    thread,
     time::{Duration, Instant},
 };
 
 use lab_net::config::Forward;
 use rustix::{
-    event::{PollFd, PollFlags, poll},
-    process::{Pid, PidfdFlags, Signal, pidfd_open},
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, pidfd_open},
 };
 use serde::{Deserialize, Serialize};
 
@@ -25,12 +29,15 @@ use super::{
     files::Files,
     forwards, init, keys,
     machine::{self, Status},
+    supervisor::die_with_us,
     tools,
 };
-use crate::{json_file, lock, paths::Paths};
+use crate::{lock, paths::Paths};
 
 /// File that counts reports, below `LAB_HOME/host`; only touched from inside.
 pub const SEQUENCE: &str = "report.sequence";
+/// How long the last of a command's output may take.
+const OUTPUT_LIMIT: Duration = Duration::from_secs(10);
 /// How long an interrupted command may take to put things in order.
 const INTERRUPTED_LIMIT: Duration = Duration::from_secs(90);
 /// How long the machine may take for a question of ours.
@@ -68,6 +75,10 @@ pub struct Request {
     pub terminal: bool,
     /// Forwards that it will open.
     pub forwards: Vec<Forward>,
+    /// Port of the real machine's 127.0.0.1 where signals come from and the answer is expected.
+    pub port: u16,
+    /// What has to be said there first.
+    pub token: String,
 }
 
 /// How a command ended.
@@ -123,23 +134,29 @@ pub fn run(
         return Ok(Carried::Here(start));
     }
     let state = machine::ensure(&files, paths, false, say)?;
-    let request = Request {
-        v: VERSION,
-        command,
-        folder: folder()?,
-        umask: umask(),
-        environment: environment(&files),
-        terminal: io::stdin().is_terminal() && io::stdout().is_terminal() && io::stderr().is_terminal(),
-        forwards: wants.forwards,
-    };
+    let terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && io::stderr().is_terminal();
+    let (line, request) = request(&files, command, wants.forwards, terminal)?;
     let written = Written::new(&files, &request)?;
     drop(start);
     forwards::claim(&files, &request.forwards)?;
-    let carried = carry(&files, &state, &request, &written);
+    let mut ssh = ssh(&files, &state, terminal)?;
+    if !terminal {
+        // Ctrl-C is for us: ssh would end, and with it the rest of the command's output. Outside of the terminal's
+        // process group it may not read from the terminal.
+        ssh.process_group(0).stdin(if io::stdin().is_terminal() { Stdio::piped() } else { Stdio::inherit() });
+    }
+    let carried = carry(&files, ssh, &written, line, None);
     drop(written);
     let answer = match carried {
         Ok(answer) => answer,
-        Err(error) => return Err(lost(&files, error)),
+        Err(error) => {
+            // A machine that was started for this command alone must not stay; whatever else is wrong with it is
+            // the next command's to find.
+            if !state.by_hand {
+                let _ = stop_if_idle(&files);
+            }
+            return Err(error);
+        }
     };
     let synced = forwards::sync(&files, answer.report.sequence, &answer.report.forwards);
     if answer.report.labs.is_empty() && !state.by_hand {
@@ -152,23 +169,11 @@ pub fn run(
 
 /// What is running in the emulated host.
 pub fn report(files: &Files, state: &State) -> Result<Report, Error> {
-    let request = Request {
-        v: VERSION,
-        command: Vec::new(),
-        folder: "/".into(),
-        umask: umask(),
-        environment: environment(files),
-        terminal: false,
-        forwards: Vec::new(),
-    };
+    let (line, request) = request(files, Vec::new(), Vec::new(), false)?;
     let written = Written::new(files, &request)?;
     let mut ssh = ssh(files, state, false)?;
-    ssh.arg(remote_line(files, &["host-carried".as_ref(), written.request.as_os_str()])?)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    finish_within(ssh, QUESTION_LIMIT)?;
-    written.answer()?.map(|answer| answer.report).ok_or_else(|| Error::Lost(String::new()))
+    ssh.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(carry(files, ssh, &written, line, Some(QUESTION_LIMIT))?.report)
 }
 
 /// Tells the machine's first process something.
@@ -195,8 +200,7 @@ fn stop_if_idle(files: &Files) -> Result<(), Error> {
 
 /// A request on disk, locked while its command is under way.
 struct Written {
-    request: PathBuf,
-    answer: PathBuf,
+    path: PathBuf,
     _lock: File,
 }
 
@@ -209,20 +213,15 @@ impl Written {
             tempfile::Builder::new().prefix("r").suffix(".json").tempfile_in(files.requests()).map_err(io)?;
         rustix::fs::flock(file.as_file(), rustix::fs::FlockOperation::LockExclusive)
             .map_err(|e| io(e.into()))?;
-        io::Write::write_all(&mut file, &bytes).map_err(io)?;
-        let (lock, request) = file.keep().map_err(|error| io(error.error))?;
-        Ok(Self { answer: request.with_extension("answer"), request, _lock: lock })
-    }
-
-    fn answer(&self) -> Result<Option<Answer>, Error> {
-        Ok(json_file::read(&self.answer)?)
+        file.write_all(&bytes).map_err(io)?;
+        let (lock, path) = file.keep().map_err(|error| io(error.error))?;
+        Ok(Self { path, _lock: lock })
     }
 }
 
 impl Drop for Written {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.request);
-        let _ = fs::remove_file(&self.answer);
+        let _ = fs::remove_file(&self.path);
     }
 }
 
@@ -253,68 +252,192 @@ fn quoted(word: &OsStr) -> OsString {
     std::os::unix::ffi::OsStringExt::from_vec(bytes)
 }
 
-/// Carries a request with this process' own standard input and output, until the command ends or this process is told
-/// to end.
-fn carry(files: &Files, state: &State, request: &Request, written: &Written) -> Result<Answer, Error> {
-    let io = |source| Error::Io { what: "cannot wait for the emulated host".into(), source };
-    // One byte a signal. In a terminal Ctrl-C goes to the carried command by itself, as a character.
-    let (signals, sender) = UnixStream::pair().map_err(io)?;
-    signals.set_nonblocking(true).map_err(io)?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
-        let sender = sender.try_clone().map_err(io)?;
-        signal_hook::low_level::pipe::register(signal, sender).map_err(io)?;
+/// A request, and the line on which its wrapper will call back.
+fn request(
+    files: &Files,
+    command: Vec<OsString>,
+    forwards: Vec<Forward>,
+    terminal: bool,
+) -> Result<(Line, Request), Error> {
+    let io = |source| Error::Io { what: "cannot make a line to the emulated host".into(), source };
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(io)?;
+    listener.set_nonblocking(true).map_err(io)?;
+    let port = listener.local_addr().map_err(io)?.port();
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut bytes)).map_err(io)?;
+    let token: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let line = Line { listener, token: token.clone(), stream: None, input: Vec::new() };
+    let request = Request {
+        v: VERSION,
+        command,
+        folder: folder()?,
+        umask: umask(),
+        environment: environment(files),
+        terminal,
+        forwards,
+        port,
+        token,
+    };
+    Ok((line, request))
+}
+
+/// Where the wrapper calls back.
+struct Line {
+    listener: TcpListener,
+    token: String,
+    /// The connection, once the token has been said.
+    stream: Option<TcpStream>,
+    input: Vec<u8>,
+}
+
+/// What has come in on a line.
+enum Heard {
+    /// Nothing whole yet.
+    Nothing,
+    /// The answer.
+    Answer(Box<Answer>),
+    /// The other side is gone.
+    End,
+}
+
+impl Line {
+    /// What to wait for.
+    fn waits(&self) -> BorrowedFd<'_> {
+        self.stream.as_ref().map_or(self.listener.as_fd(), |stream| stream.as_fd())
     }
-    let mut command = ssh(files, state, request.terminal)?;
-    command.arg(remote_line(files, &["host-carried".as_ref(), written.request.as_os_str()])?);
-    let mut ssh =
-        command.spawn().map_err(|source| Error::Program { program: command.get_program().into(), source })?;
-    let ended = pidfd_open(Pid::from_child(&ssh), PidfdFlags::empty()).map_err(|e| io(e.into()))?;
-    loop {
-        let mut waits = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&signals, PollFlags::IN)];
-        match poll(&mut waits, None) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(io(errno.into())),
-        }
-        let interrupted = drain(&signals);
-        if let Some(status) = ssh.try_wait().map_err(io)? {
-            if let Some(answer) = written.answer()? {
-                return Ok(answer);
+
+    /// Takes what has come in.
+    fn hear(&mut self) -> Result<Heard, Error> {
+        let io = |source| Error::Io { what: "cannot hear of the emulated host".into(), source };
+        let Some(stream) = &mut self.stream else {
+            let Ok((mut stream, _)) = self.listener.accept() else { return Ok(Heard::Nothing) };
+            // Anybody on this machine may call; who does not know the token is hung up on.
+            let mut said = vec![0; self.token.len() + 1];
+            let known = stream
+                .set_nonblocking(false)
+                .and_then(|()| stream.set_read_timeout(Some(Duration::from_secs(1))))
+                .and_then(|()| stream.read_exact(&mut said))
+                .is_ok_and(|()| said == format!("{}\n", self.token).as_bytes());
+            if known {
+                stream.set_nonblocking(true).map_err(io)?;
+                self.stream = Some(stream);
             }
-            // The connection has ended, the command perhaps not: by Ctrl-C without a terminal, which reaches ssh too.
-            let limit = if interrupted || status.signal().is_some() || status.code() == Some(255) {
-                INTERRUPTED_LIMIT
-            } else {
-                Duration::ZERO
-            };
-            return answer_within(files, written, limit, &signals, status);
+            return Ok(Heard::Nothing);
+        };
+        let mut bytes = [0; 4096];
+        loop {
+            match stream.read(&mut bytes) {
+                Ok(0) => return Ok(Heard::End),
+                Ok(count) => {
+                    self.input.extend(bytes.get(..count).unwrap_or_default());
+                    if self.input.ends_with(b"\n") {
+                        let answer = serde_json::from_slice(&self.input).map_err(|error| io(error.into()))?;
+                        return Ok(Heard::Answer(Box::new(answer)));
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => return Ok(Heard::End),
+            }
         }
-        if interrupted {
-            // The wrapper in there sees that nobody listens any more, and interrupts the command.
-            let _ = rustix::process::kill_process(Pid::from_child(&ssh), Signal::TERM);
-        }
+    }
+
+    /// Passes a signal on. Before there is a connection there is no command to be told.
+    fn signal(&mut self, signal: i32) -> bool {
+        self.stream.as_mut().is_some_and(|stream| writeln!(stream, "{signal}").is_ok())
     }
 }
 
-/// Waits for the answer of a command whose connection has ended, while there is a machine that may give it.
-fn answer_within(
+/// Carries a request until its command has ended, or for `limit`. Signals to this process go to the command.
+fn carry(
     files: &Files,
+    mut command: Command,
     written: &Written,
-    limit: Duration,
-    signals: &UnixStream,
-    status: ExitStatus,
+    mut line: Line,
+    limit: Option<Duration>,
 ) -> Result<Answer, Error> {
-    let end = Instant::now() + limit;
+    let io = |source| Error::Io { what: "cannot wait for the emulated host".into(), source };
+    // One byte a signal. In a terminal Ctrl-C goes to the carried command by itself, as a character.
+    let mut signals = Vec::new();
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM, signal_hook::consts::SIGHUP] {
+        let (receiver, sender) = UnixStream::pair().map_err(io)?;
+        receiver.set_nonblocking(true).map_err(io)?;
+        signal_hook::low_level::pipe::register(signal, sender).map_err(io)?;
+        signals.push((signal, receiver));
+    }
+    command.arg(remote_line(files, &["host-carried".as_ref(), written.path.as_os_str()])?);
+    let mut ssh = die_with_us(&mut command)
+        .spawn()
+        .map_err(|source| Error::Program { program: command.get_program().into(), source })?;
+    if let Some(mut input) = ssh.stdin.take() {
+        // It ends with this process, if not before.
+        std::thread::spawn(move || io::copy(&mut io::stdin(), &mut input));
+    }
+    let result = converse(files, &mut ssh, &mut line, &signals, limit);
+    // Its output has been passed on, or there is nobody to pass it on for.
+    let ended = crate::child::wait(&mut ssh, if result.is_ok() { OUTPUT_LIMIT } else { Duration::ZERO });
+    if !matches!(ended, Ok(Some(_))) {
+        ssh.kill().and_then(|()| ssh.wait()).map_err(io)?;
+    }
+    result
+}
+
+fn converse(
+    files: &Files,
+    ssh: &mut Child,
+    line: &mut Line,
+    signals: &[(i32, UnixStream)],
+    limit: Option<Duration>,
+) -> Result<Answer, Error> {
+    let io = |source| Error::Io { what: "cannot wait for the emulated host".into(), source };
+    let ended = pidfd_open(Pid::from_child(ssh), PidfdFlags::empty()).map_err(|e| io(e.into()))?;
+    let stdout = io::stdout();
+    let mut end = limit.map(|limit| Instant::now() + limit);
+    let mut ssh_ended = None;
+    let mut unread = false;
     loop {
-        let alive = lock::is_held(&files.machine());
-        if let Some(answer) = written.answer()? {
-            return Ok(answer);
+        let mut waits = vec![PollFd::from_borrowed_fd(line.waits(), PollFlags::IN)];
+        waits.extend(signals.iter().map(|(_, receiver)| PollFd::new(receiver, PollFlags::IN)));
+        if ssh_ended.is_none() {
+            waits.push(PollFd::new(&ended, PollFlags::IN));
         }
-        if !alive || Instant::now() >= end || drain(signals) {
-            let how =
-                status.code().map_or_else(|| "by a signal".into(), |code| format!("with status {code}"));
-            return Err(Error::Lost(format!(" (ssh ended {how})")));
+        // Nobody may read our output any more, which ssh does not tell the other side.
+        if !unread {
+            waits.push(PollFd::new(&stdout, PollFlags::empty()));
         }
-        thread::sleep(Duration::from_millis(50));
+        let left = end.map(|end| end.saturating_duration_since(Instant::now()));
+        let timeout = left.map(|left| Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 }));
+        match poll(&mut waits, timeout.as_ref()) {
+            Ok(0) if left.is_some_and(|left| left.is_zero()) => return Err(lost(files, ssh_ended)),
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(io(errno.into())),
+        }
+        let closed = waits.last().is_some_and(|wait| wait.revents().contains(PollFlags::ERR));
+        match line.hear()? {
+            Heard::Answer(answer) => return Ok(*answer),
+            Heard::End => return Err(lost(files, ssh_ended)),
+            Heard::Nothing => {}
+        }
+        for (signal, receiver) in signals {
+            if drain(receiver) {
+                if !line.signal(*signal) {
+                    return Err(Error::Interrupted);
+                }
+                end.get_or_insert_with(|| Instant::now() + INTERRUPTED_LIMIT);
+            }
+        }
+        if !unread && closed {
+            unread = true;
+            line.signal(signal_hook::consts::SIGPIPE);
+        }
+        if ssh_ended.is_none()
+            && let Some(status) = ssh.try_wait().map_err(io)?
+        {
+            ssh_ended = Some(status);
+            // The answer may be on its way; and Ctrl-C without a terminal reaches ssh too.
+            let limit = if line.stream.is_some() { INTERRUPTED_LIMIT } else { Duration::from_secs(1) };
+            end.get_or_insert_with(|| Instant::now() + limit);
+        }
     }
 }
 
@@ -328,12 +451,13 @@ fn drain(mut signals: &UnixStream) -> bool {
     any
 }
 
-/// Says of a broken connection what is known about the machine.
-fn lost(files: &Files, error: Error) -> Error {
-    match error {
-        Error::Lost(_) if machine::status(files) == Status::Stopped => Error::Lost(", since it ended".into()),
-        other => other,
-    }
+/// Says of a broken connection what is known about it.
+fn lost(files: &Files, ssh: Option<ExitStatus>) -> Error {
+    Error::Lost(match (machine::status(files), ssh.and_then(|status| status.code())) {
+        (Status::Stopped, _) => ", since it ended".into(),
+        (_, Some(code)) => format!(" (ssh ended with status {code})"),
+        _ => String::new(),
+    })
 }
 
 /// The SSH client, up to the command. All of them share one connection, whose making costs the emulated processor a
@@ -422,6 +546,7 @@ fn runtime_folder() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::json_file;
 
     #[test]
     fn words_survive_the_shell() {
@@ -460,13 +585,47 @@ mod tests {
             environment: vec![("A".into(), "B".into())],
             terminal: false,
             forwards: Vec::new(),
+            port: 1,
+            token: "x".into(),
         };
         let written = Written::new(&files, &request).unwrap();
-        assert!(lock::is_held(&written.request));
-        assert_eq!(json_file::read(&written.request).unwrap(), Some(request));
-        assert_eq!(written.answer().unwrap(), None);
+        assert!(lock::is_held(&written.path));
+        assert_eq!(json_file::read(&written.path).unwrap(), Some(request));
         drop(written);
         assert_eq!(fs::read_dir(files.requests()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn only_who_knows_the_token_is_heard() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files { home: dir.path().into(), dir: dir.path().into(), sockets: dir.path().into() };
+        let (mut line, request) = request(&files, Vec::new(), Vec::new(), false).unwrap();
+        let call = |token: &str| {
+            let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, request.port)).unwrap();
+            writeln!(stream, "{token}").unwrap();
+            stream
+        };
+        let wait =
+            |line: &Line| poll(&mut [PollFd::from_borrowed_fd(line.waits(), PollFlags::IN)], None).unwrap();
+        let stranger = call("0123456789abcdef0123456789abcdef");
+        wait(&line);
+        assert!(matches!(line.hear().unwrap(), Heard::Nothing) && !line.signal(15));
+        drop(stranger);
+        let mut wrapper = call(&request.token);
+        wait(&line);
+        assert!(matches!(line.hear().unwrap(), Heard::Nothing) && line.signal(15));
+        let answer = Answer { ended: Ok(7), report: Report { labs: vec!["a".into()], ..Report::default() } };
+        let text = serde_json::to_string(&answer).unwrap();
+        let (begin, end) = text.split_at(5);
+        wrapper.write_all(begin.as_bytes()).unwrap();
+        wait(&line);
+        assert!(matches!(line.hear().unwrap(), Heard::Nothing));
+        writeln!(wrapper, "{end}").unwrap();
+        wait(&line);
+        assert!(matches!(line.hear().unwrap(), Heard::Answer(it) if *it == answer));
+        drop(wrapper);
+        wait(&line);
+        assert!(matches!(line.hear().unwrap(), Heard::End));
     }
 
     #[test]

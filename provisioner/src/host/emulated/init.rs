@@ -38,7 +38,8 @@ pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
 /// Socket for orders, one line a connection, answered with `done`: see [`order`].
 const ORDERS: &str = "/run/lab-host/orders";
 
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
+/// The real machine, whose 127.0.0.1 is reached by it.
+pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 const RUN: &str = "/run/lab-host";
 /// Folders of the system, which nothing in here has to change.

@@ -121,6 +121,9 @@ pub enum Error {
         "the emulated host was lost while the command ran in it{0}: see `lab host status`, then run the command again"
     )]
     Lost(String),
+    /// Ctrl-C before there was anything to interrupt.
+    #[error("interrupted before the command had begun")]
+    Interrupted,
     /// The current folder is not visible in there.
     #[error(
         "the folder {0} does not exist in the emulated host, which has its own /run, /dev, /proc and /sys: work in another folder"

@@ -208,7 +208,7 @@ fn write_state(files: &Files, config: &Config, machine: &mut File) -> Result<(),
 }
 
 /// Lets the kernel kill a child when the thread that starts it dies, however it dies: here the only one.
-fn die_with_us(command: &mut Command) -> &mut Command {
+pub fn die_with_us(command: &mut Command) -> &mut Command {
     let parent = rustix::process::getpid();
     // SAFETY: between fork and exec, prctl(2) and getppid(2) are async-signal-safe and touch no memory of the parent.
     unsafe {
