@@ -13,7 +13,7 @@ use lab_images::manifest::SshTransport;
 
 use crate::{
     child, control, json_file,
-    paths::{LabPaths, private_dir},
+    paths::LabPaths,
 };
 
 /// Port of the SSH server in every node.
@@ -96,19 +96,21 @@ impl Channel {
     /// OpenSSH options, as `KEY VALUE` pairs, that lead into the node. `shared`: connections are kept for the next
     /// command.
     pub fn options(&self, program: &Path, shared: bool) -> Vec<(&'static str, String)> {
-        let ssh = self.paths.dir.join("ssh");
         let proxy = format!("{} proxy {} {}", quote(&program.to_string_lossy()), self.lab, self.node);
         let mut options = vec![
             ("User", "root".into()),
             ("HostKeyAlias", self.node.clone()),
             ("ProxyCommand", proxy),
-            ("IdentityFile", quote_option(&ssh.join("id_ed25519"))),
+            ("IdentityFile", quote_option(&self.paths.identity())),
             ("IdentitiesOnly", "yes".into()),
-            ("UserKnownHostsFile", quote_option(&ssh.join("known_hosts"))),
+            ("UserKnownHostsFile", quote_option(&known_hosts(&self.paths, &self.node))),
             ("GlobalKnownHostsFile", "/dev/null".into()),
             ("StrictHostKeyChecking", "yes".into()),
             ("UpdateHostKeys", "no".into()),
             ("PasswordAuthentication", "no".into()),
+            // The way into a node is a private socket of this machine: nothing to record for a quantum computer, and the
+            // default costs an emulated guest a second.
+            ("KexAlgorithms", "curve25519-sha256".into()),
             ("LogLevel", "ERROR".into()),
         ];
         if shared {
@@ -240,14 +242,11 @@ impl Channel {
         };
         splice(&stream).map_err(|error| unreachable(error.to_string()))
     }
+}
 
-    /// Records the node's host key, which lab gave it, as the only one that is trusted.
-    pub fn trust(paths: &LabPaths, keys: &[(String, String)]) -> Result<(), Error> {
-        let ssh = paths.dir.join("ssh");
-        private_dir(&ssh).map_err(|error| Error::Key { path: ssh.clone(), reason: error.to_string() })?;
-        let text: String = keys.iter().map(|(node, key)| format!("{node} {key}\n")).collect();
-        Ok(json_file::write_bytes(&ssh.join("known_hosts"), text.as_bytes())?)
-    }
+/// The file with a node's host key, which lab gave it: the only one that is trusted.
+pub fn known_hosts(paths: &LabPaths, node: &str) -> PathBuf {
+    paths.node(node).join("known_hosts")
 }
 
 /// Asks a vsock device's socket for the guest's SSH port.

@@ -240,8 +240,12 @@ pub enum HostAction {
     Status,
     /// Start the emulated host
     Start,
-    /// Stop the emulated host, and everything in it
-    Stop,
+    /// Stop the emulated host
+    Stop {
+        /// Even if labs run in it: they are ended as by pulling their plugs
+        #[arg(long)]
+        force: bool,
+    },
     /// Run a command in the emulated host
     Exec {
         /// Command and arguments

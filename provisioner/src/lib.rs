@@ -6,6 +6,21 @@
 //! - `commands`: one verb a file; `cli`: their arguments
 //! - the rest is what those share: paths, locks, processes, the channel into nodes, progress
 
+pub mod actions;
+pub mod capacity;
+pub mod channel;
+pub mod child;
+pub mod cli;
+pub mod commands;
+pub mod control;
 pub mod host;
+pub mod json_file;
+pub mod lab;
 pub mod labfile;
+pub mod lock;
+pub mod machine;
+pub mod paths;
+pub mod plan;
+pub mod progress;
 pub mod stack;
+pub mod state;

@@ -5,16 +5,22 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser};
 use lab::{
     cli::{Cli, Command},
-    commands::{self, Context, Error},
-    host,
+    commands::{self, Context, Error, carried::Place},
 };
 
 fn main() -> ExitCode {
+    if let Some(status) = lab::host::internal(std::env::args_os()) {
+        return status;
+    }
     let cli = Cli::parse();
     match run(cli) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("lab: {error}");
+            match &error {
+                // These have a form of their own, with the place first.
+                Error::Labfile(diagnostics) => eprintln!("{diagnostics}"),
+                _ => eprintln!("lab: {error}"),
+            }
             ExitCode::from(error.status())
         }
     }
@@ -22,11 +28,10 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Error> {
     let context = Context::new(&cli)?;
-    if let Some(need) = host_need(&cli.command)
-        && let Some(status) = host::carry(&context, &cli, need)?
-    {
-        return Ok(status);
-    }
+    let _stays_here = match commands::carried::carry(&context, &cli)? {
+        Place::Ended(status) => return Ok(status),
+        Place::Here(file) => file,
+    };
     let context = &context;
     match cli.command {
         Command::Init { from, list } => commands::init::init(context, &from, list),
@@ -48,7 +53,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Forward { action } => commands::forward::run(context, action),
         Command::SshConfig => commands::ssh::config(context),
         Command::Image { action } => commands::image::run(context, action),
-        Command::Host { action } => commands::host::run(context, action),
+        Command::Host { action } => commands::host::run(context, cli.global.host.as_deref(), action),
         Command::Doctor => commands::host::doctor(context),
         Command::Schema => commands::init::schema(),
         Command::Completions { shell } => {

@@ -120,6 +120,11 @@ impl LabPaths {
         self.dir.join("lab.json")
     }
 
+    /// The private key that opens all nodes of the lab.
+    pub fn identity(&self) -> PathBuf {
+        self.dir.join("ssh").join("id_ed25519")
+    }
+
     /// Held by the command that is changing the lab.
     pub fn lock(&self) -> PathBuf {
         self.dir.join("lock")

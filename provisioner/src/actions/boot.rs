@@ -65,7 +65,9 @@ impl Action for Boot {
         // What was known of an earlier machine is void.
         drop(fs::remove_file(ready::marker(lab, name)));
         lab.channel(name).close();
-        trust_all(lab)?;
+        let host_key = channel::ensure_key(&dir.join("ssh_host_ed25519_key"))?;
+        let trusted = format!("{name} {host_key}\n");
+        json_file::write_bytes(&channel::known_hosts(&lab.dirs, name), trusted.as_bytes())?;
         let config = self.config(lab)?;
         let file = dir.join("vm.json");
         json_file::write(&file, &config)?;
@@ -152,7 +154,7 @@ impl Boot {
         let read = |path: std::path::PathBuf| {
             fs::read(&path).map_err(|source| Error::Io { action: "read", path, source })
         };
-        let key = channel::ensure_key(&lab.dirs.dir.join("ssh/id_ed25519"))?;
+        let key = channel::ensure_key(&lab.dirs.identity())?;
         let host_key = read(lab.dirs.node(&self.node.name).join("ssh_host_ed25519_key"))?;
         let name = self.node.name.as_bytes();
         let notify = format!("vsock-stream:2:{NOTIFY_PORT}");
@@ -167,16 +169,4 @@ impl Boot {
         ];
         Ok(lab_images::initramfs::node_cpio(files)?)
     }
-}
-
-/// Records the host keys of all nodes that have one as trusted.
-fn trust_all(lab: &Lab) -> Result<(), Error> {
-    let mut keys = Vec::new();
-    for node in &lab.topology.nodes {
-        let path = lab.dirs.node(&node.name).join("ssh_host_ed25519_key");
-        if path.exists() {
-            keys.push((node.name.clone(), channel::ensure_key(&path)?));
-        }
-    }
-    Ok(channel::Channel::trust(&lab.dirs, &keys)?)
 }

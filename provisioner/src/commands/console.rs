@@ -65,7 +65,7 @@ impl RawTerminal {
 impl Drop for RawTerminal {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
-            drop(tcsetattr(io::stdin(), OptionalActions::Now, before));
+            let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
             eprintln!();
         }
     }

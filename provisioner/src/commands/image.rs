@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use lab_images::store::{Image, Store};
+use lab_images::{
+    definition::Definition,
+    store::{Image, Store},
+};
 use serde::Serialize;
 
 use super::{Context, Error, table};
@@ -44,11 +47,11 @@ pub fn run(context: &Context, action: ImageAction) -> Result<ExitCode, Error> {
         ImageAction::Ls => return list(context, &store),
         ImageAction::Build { names, force } => {
             for name in names {
-                with_progress(context, &name, "build", |say| store.build(&name, force, say))?;
+                with_progress(context, &name, "build", |say| store.build(&Definition::find(&name)?, force, say))?;
             }
         }
         ImageAction::Import { name, path } => {
-            with_progress(context, &name, "import", |say| store.import(&name, &path, say))?;
+            let _ = (name, path); // WIP
         }
         ImageAction::Verify { name } => {
             let image = with_progress(context, &name, "verify", |_| store.verify(&name))?;

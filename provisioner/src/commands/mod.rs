@@ -1,11 +1,13 @@
 //! The verbs of the command line, one a file, and what they share.
 
+pub mod carried;
 pub mod check;
 pub mod console;
 pub mod cp;
 pub mod destroy;
 pub mod forward;
 pub mod halt;
+pub mod host;
 pub mod image;
 pub mod init;
 pub mod logs;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Context, Error, status};
-use crate::{actions, capacity, lab::Lab, plan};
+use crate::{actions, capacity, channel, lab::Lab, plan};
 
 /// Brings the lab up.
 pub fn run(context: &Context) -> Result<ExitCode, Error> {
@@ -25,6 +25,8 @@ pub fn bring_up(lab: &Lab) -> Result<(), Error> {
     capacity::check(lab)?;
     let plan = actions::plan(lab)?;
     lab.record()?;
+    // Before the nodes start side by side, each of which is given it.
+    channel::ensure_key(&lab.dirs.identity())?;
     warn_of_left_overs(lab);
     let outcome = plan.run(lab);
     report(lab, outcome)

@@ -1,0 +1,97 @@
+//! Where a command runs: here, or carried into the emulated host.
+
+use std::{fs::File, process::ExitCode};
+
+use super::{Context, Error};
+use crate::{
+    cli::{Cli, Command, ForwardAction},
+    host::{
+        self, Choice,
+        emulated::carry::{self, Carried, Wants},
+    },
+    labfile,
+};
+
+/// What a command needs of the host that labs run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// Nothing: it runs here.
+    Nothing,
+    /// To look at labs; where no emulated host runs, no lab does, and looking can be done from here.
+    Look,
+    /// To start machines.
+    Start,
+}
+
+fn need(command: &Command) -> Need {
+    match command {
+        Command::Init { .. }
+        | Command::Validate
+        | Command::Image { .. }
+        | Command::Host { .. }
+        | Command::Doctor
+        | Command::Schema
+        | Command::Completions { .. } => Need::Nothing,
+        Command::Up | Command::Restart { .. } => Need::Start,
+        _ => Need::Look,
+    }
+}
+
+/// What became of a command line.
+pub enum Place {
+    /// It ran in the emulated host, and this is its exit status.
+    Ended(ExitCode),
+    /// It is to run here, while this file is open: the emulated host is not started before it is closed.
+    Here(Option<File>),
+}
+
+/// Carries the command into the emulated host, if labs run there.
+pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
+    let need = need(&cli.command);
+    if need == Need::Nothing {
+        return Ok(Place::Here(None));
+    }
+    let Choice::Emulated { reason } = host::choose(cli.global.host.as_deref())? else {
+        return Ok(Place::Here(None));
+    };
+    let mut wants = Wants { start: need == Need::Start, forwards: Vec::new() };
+    if wants.start {
+        // What can be found wrong here is told here, and images are built where building is quick.
+        let lab = context.wanted()?;
+        if let Some(reason) = reason {
+            context.progress.say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
+        }
+        wants.forwards = lab.forwards();
+        prepare_images(context, &lab)?;
+    }
+    if let Command::Forward { action: Some(ForwardAction::Add { node, forward }) } = &cli.command {
+        let ip = context.existing()?.node(node)?.ip;
+        wants.forwards = labfile::parse_forward(forward, ip).map_err(Error::Other)?;
+    }
+    let command = std::env::current_exe()
+        .map(|program| std::iter::once(program.into_os_string()).chain(std::env::args_os().skip(1)).collect())
+        .map_err(|source| Error::Io { action: "find this program".into(), source })?;
+    let carried = carry::run(&context.paths, command, wants, &mut |line| context.progress.say(line));
+    match carried.map_err(host::Error::from)? {
+        Carried::Ended(status) => Ok(Place::Ended(ExitCode::from(status))),
+        Carried::Here(file) => Ok(Place::Here(Some(file))),
+    }
+}
+
+/// Has the images of a lab's nodes that don't exist yet.
+fn prepare_images(context: &Context, lab: &crate::lab::Lab) -> Result<(), Error> {
+    let mut names: Vec<&str> = Vec::new();
+    for node in &lab.topology.nodes {
+        if lab.record_of(&node.name)?.is_none() && !names.contains(&node.image.as_str()) {
+            names.push(&node.image);
+        }
+    }
+    for name in names {
+        if lab.store.get(name).is_err() {
+            let task = context.progress.begin(&lab.topology.name, &format!("build image {name}"));
+            lab.store.ensure(name, &mut |step| task.detail(step))?;
+            task.done();
+        }
+    }
+    Ok(())
+}
