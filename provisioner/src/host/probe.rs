@@ -73,11 +73,16 @@ impl Probe {
     pub fn reason(&self) -> Option<String> {
         Some(match self.verdict {
             Verdict::Works => return None,
-            Verdict::EmulatedKernelMode => "its /dev/kvm emulates the kernel mode of guests".into(),
+            Verdict::EmulatedKernelMode => {
+                "this machine's /dev/kvm emulates the kernel mode of guests".into()
+            }
             Verdict::Missing => "there is no /dev/kvm".into(),
             Verdict::NoPermission => "/dev/kvm may not be opened by this user".into(),
             Verdict::Broken => {
-                format!("its /dev/kvm does not work: {}", self.error.as_deref().unwrap_or("no reason given"))
+                format!(
+                    "this machine's /dev/kvm does not work: {}",
+                    self.error.as_deref().unwrap_or("no reason given")
+                )
             }
         })
     }

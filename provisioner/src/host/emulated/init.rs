@@ -25,7 +25,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::netlink::Netlink;
+use super::{machine::meminfo, netlink::Netlink};
 
 /// What init says on the console when commands can come in.
 pub const READY: &str = "lab-host: ready";
@@ -46,6 +46,10 @@ const RUN: &str = "/run/lab-host";
 const READ_ONLY: [&str; 8] = ["/usr", "/etc", "/boot", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
 /// How long processes get to end before they are killed.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
+/// Memory that files of the real machine may take in any case, in MiB.
+const CACHE_MIB: u64 = 1024;
+/// How often that is looked at.
+const CACHE_PERIOD: Duration = Duration::from_secs(10);
 /// How long the SSH server may take to listen.
 const SERVER_LIMIT: Duration = Duration::from_secs(20);
 /// Set when the machine has been told to stop, so that nothing is started again.
@@ -130,6 +134,7 @@ fn serve(config: &Path) -> Result<(), Error> {
     let mut server = start_server(&config)?;
     wait_for_server()?;
     println!("{READY}");
+    thread::Builder::new().name("cache".into()).spawn(|| bound_cache()).map_err(failed("start a thread"))?;
     thread::Builder::new()
         .name("later".into())
         .spawn(move || later(&later_modules))
@@ -226,6 +231,23 @@ fn later(modules: &[PathBuf]) {
         if let Err(error) = open_device(device) {
             println!("lab-host: {device}: {error}");
         }
+    }
+}
+
+/// Keeps the memory for files of the real machine small: that machine has most of them in its own already, and gets
+/// back only what is free in here.
+fn bound_cache() -> ! {
+    loop {
+        let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let mib = |field| meminfo(&text, field).unwrap_or(0);
+        let cached = mib("Cached").saturating_sub(mib("Shmem"));
+        if cached > (mib("MemTotal") / 8).max(CACHE_MIB) {
+            // What is in use or not written yet stays.
+            if let Err(error) = fs::write("/proc/sys/vm/drop_caches", "1") {
+                println!("lab-host: drop_caches: {error}");
+            }
+        }
+        thread::sleep(CACHE_PERIOD);
     }
 }
 

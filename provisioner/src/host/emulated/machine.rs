@@ -127,6 +127,7 @@ fn start(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str))
     };
     json_file::write(&files.supervisor(), &config)?;
     forget(files);
+    say("starting the emulated host");
     let mut command = Command::new(lab);
     command
         .arg("host-supervise")
