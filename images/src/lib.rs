@@ -6,6 +6,7 @@ pub mod archive;
 pub mod build;
 pub mod command;
 pub mod definition;
+pub mod import;
 pub mod initramfs;
 pub mod kernel;
 pub mod kernel_package;

@@ -15,6 +15,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
 use crate::{
     build,
     definition::{self, Definition},
+    import,
     manifest::{self, Manifest},
 };
 
@@ -59,6 +60,14 @@ pub enum Error {
         name: String,
         /// Why.
         source: Box<build::Error>,
+    },
+    /// The import failed.
+    #[error("cannot import {}: {source}", path.display())]
+    Import {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<import::Error>,
     },
     /// The host refused to read or write a file.
     #[error("cannot {action} {}: {source}", path.display())]
@@ -249,6 +258,16 @@ impl Store {
         let (work, out) = (self.partial()?, self.partial()?);
         let manifest = build::build(definition, work.path(), out.path(), progress)
             .map_err(|source| Error::Build { name: name.clone(), source: Box::new(source) })?;
+        self.publish(out, &manifest)
+    }
+
+    /// Import a distribution's cloud image (raw or qcow2) under a name; an earlier image of that name is replaced.
+    pub fn import(&self, name: &str, path: &Path, progress: &mut dyn FnMut(&str)) -> Result<Image, Error> {
+        manifest::check_name(name).map_err(Error::BadName)?;
+        let _lock = self.lock(progress)?;
+        let out = self.partial()?;
+        let manifest = import::import(name, path, out.path(), progress)
+            .map_err(|source| Error::Import { path: path.into(), source: Box::new(source) })?;
         self.publish(out, &manifest)
     }
 

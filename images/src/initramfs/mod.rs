@@ -13,15 +13,8 @@ pub use modules::{Error as ModuleError, Module, Tree, unpack as unpack_module};
 pub const NODE_INIT: &[u8] = include_bytes!("../../initramfs/init");
 
 /// Modules that a node's initramfs loads; what a kernel has built in is left out.
-pub const NODE_MODULES: &[&str] = &[
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "vmw_vsock_virtio_transport",
-    "button",
-    "evdev",
-    "ext4",
-];
+pub const NODE_MODULES: &[&str] =
+    &["virtio_pci", "virtio_blk", "virtio_net", "vmw_vsock_virtio_transport", "button", "evdev", "ext4"];
 
 /// Why an initramfs could not be made.
 #[derive(Debug, thiserror::Error)]
