@@ -17,6 +17,7 @@ use smoltcp::wire::{Ipv4Packet, UdpPacket};
 use crate::{
     config::{Forward, Protocol},
     lan::Lan,
+    log,
     nat::{splice::Opener, tcp::TcpFlows},
     poller::{EventFlags, Token},
 };
@@ -182,7 +183,7 @@ impl Forwards {
                     }
                     Err(Errno::AGAIN) => return,
                     Err(Errno::CONNABORTED | Errno::INTR) => {}
-                    Err(e) => return eprintln!("lab-net: forward {}: {e}", describe(forward)),
+                    Err(e) => return log::warn(format_args!("forward {}: {e}", describe(forward))),
                 }
             },
             Protocol::Udp => {

@@ -17,6 +17,7 @@ pub mod gateway;
 pub mod hosts;
 pub mod lan;
 pub mod listen;
+pub mod log;
 pub mod nat;
 pub mod neighbor;
 pub mod network;

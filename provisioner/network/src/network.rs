@@ -25,6 +25,7 @@ use crate::{
     hosts::{self, Hosts},
     lan::Lan,
     listen::{self, SocketFile},
+    log,
     nat::{Outside, splice::Opener},
     poller::{EventFlags, Events, Token},
     port::Port,
@@ -203,18 +204,18 @@ impl Network {
         match serde_json::from_slice::<Hello>(packet.get(..len).unwrap_or_default()) {
             Ok(Hello { v: FRAME_VERSION, port }) if !port.is_empty() && port.len() <= MAX_NAME => {
                 if self.lan.switch.ports().count() >= MAX_PORTS {
-                    return eprintln!("lab-net: card {port} cannot join: there are {MAX_PORTS} already");
+                    return log::warn(format_args!("card {port} cannot join: there are {MAX_PORTS} already"));
                 }
                 // The host may allow less; what it allows is used.
                 let _ = sockopt::set_socket_send_buffer_size(&socket, CARD_BUFFER);
                 self.lan.switch.join(Port::new(id, port, socket), &self.lan.poller);
             }
             Ok(Hello { v, port }) => {
-                eprintln!(
-                    "lab-net: card {port:?} cannot join: it speaks version {v}, this is version {FRAME_VERSION}"
-                );
+                log::warn(format_args!(
+                    "card {port:?} cannot join: it speaks version {v}, this is version {FRAME_VERSION}"
+                ));
             }
-            Err(e) => eprintln!("lab-net: a card did not say its name: {e}"),
+            Err(e) => log::warn(format_args!("a card did not say its name: {e}")),
         }
     }
 
@@ -245,7 +246,7 @@ impl Network {
                 }
                 Err(e) => {
                     if port.invalid == 0 {
-                        eprintln!("lab-net: card {} sends {e}; it and its like are dropped", port.name);
+                        log::warn(format_args!("card {} sends {e}; it and its like are dropped", port.name));
                     }
                     port.invalid = port.invalid.saturating_add(1);
                 }

@@ -12,7 +12,10 @@ use rustix::{
     net::{RecvFlags, SendFlags},
 };
 
-use crate::poller::{EventFlags, Poller, Token};
+use crate::{
+    log,
+    poller::{EventFlags, Poller, Token},
+};
 
 /// Most bytes that wait for a card that does not read.
 const QUEUE_BYTES: usize = 1 << 20;
@@ -178,7 +181,7 @@ impl Port {
         flags.set(EventFlags::IN, self.held_for.is_none());
         flags.set(EventFlags::OUT, self.pace != Pace::Free);
         if let Err(e) = poller.modify(&self.socket, Token::Card(self.id), flags) {
-            eprintln!("lab-net: card {}: cannot watch its socket: {e}", self.name);
+            log::warn(format_args!("card {}: cannot watch its socket: {e}", self.name));
         }
     }
 

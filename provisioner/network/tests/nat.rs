@@ -16,7 +16,7 @@ use smoltcp::{
     iface::SocketHandle,
     phy::ChecksumCapabilities,
     socket::{icmp, tcp, udp},
-    wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress},
+    wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, TcpPacket},
 };
 
 const SIZE: usize = 10 << 20;
@@ -116,6 +116,26 @@ fn refusals_are_seen_as_refusals() {
     // The gateway itself serves nothing but DNS.
     let (_, connected) = guest.connected(SocketAddrV4::new(common::GATEWAY, 22));
     assert!(!connected);
+}
+
+#[test]
+fn the_first_packet_is_answered_by_the_refusal() {
+    let lab = Lab::start();
+    let (listener, address) = server();
+    drop(listener);
+    let card = lab.card("n10");
+    for port in [address.port(), 9] {
+        // A SYN from port 7 with sequence number 100.
+        let mut syn = [7u16.to_be_bytes(), port.to_be_bytes(), [0, 0], [0, 100]].concat();
+        syn.extend([0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0]);
+        let to = if port == 9 { common::GATEWAY } else { OUTSIDE };
+        let packet = common::ipv4(10, to, IpProtocol::Tcp, &syn);
+        common::send(&card, &common::packet(common::gateway_mac(), common::mac(10), 0x800, &packet));
+        let answer = common::receive(&card, common::LIMIT).expect("an answer to the only SYN");
+        let ip = Ipv4Packet::new_checked(&answer[26..]).unwrap();
+        let reset = TcpPacket::new_checked(ip.payload()).unwrap();
+        assert!(reset.rst() && reset.ack_number().0 == 101);
+    }
 }
 
 #[test]

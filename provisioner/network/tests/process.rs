@@ -2,95 +2,18 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod common;
+#[path = "common/process.rs"]
+mod process;
 
-use std::{
-    io::{BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
-    path::Path,
-    process::{Child, Command, Stdio},
-    time::Instant,
-};
+use std::{io::Write, os::unix::net::UnixStream, process::Command};
 
-use common::{GATEWAY, Guest, LIMIT};
+use common::{GATEWAY, Guest};
 use lab_net::{
     config::NetworkConfig,
     control::{Action, Reply},
 };
-use rustix::process::{Pid, Signal};
-
-struct Process {
-    child: Child,
-    config: NetworkConfig,
-}
-
-fn spawn(dir: &Path, config: &NetworkConfig) -> Child {
-    let path = dir.join("network.json");
-    std::fs::write(&path, serde_json::to_vec(config).unwrap()).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_lab-net"))
-        .arg("--config")
-        .arg(path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-/// Start the command and wait until it is ready.
-fn start(dir: &Path) -> Process {
-    let config = common::config(dir);
-    let mut child = spawn(dir, &config);
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-    assert_eq!(line, "ready\n");
-    Process { child, config }
-}
-
-impl Process {
-    fn signal(&self, signal: Signal) {
-        rustix::process::kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    /// Wait for its end: whether it succeeded, and what it said.
-    fn ended(&mut self) -> (bool, String) {
-        ended(&mut self.child)
-    }
-
-    fn resident_kib(&self) -> usize {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn ended(child: &mut Child) -> (bool, String) {
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            let mut words = String::new();
-            child.stderr.take().unwrap().read_to_string(&mut words).unwrap();
-            return (status.success(), words);
-        }
-        assert!(start.elapsed() < LIMIT, "lab-net does not end");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-}
-
-fn folder() -> tempfile::TempDir {
-    use std::os::unix::fs::PermissionsExt;
-    tempfile::Builder::new().permissions(std::fs::Permissions::from_mode(0o700)).tempdir().unwrap()
-}
-
-fn ask(config: &NetworkConfig, action: Action) -> Reply {
-    common::ask(&mut BufReader::new(UnixStream::connect(&config.control).unwrap()), action)
-}
+use process::{ask, ended, folder, spawn, start};
+use rustix::process::Signal;
 
 #[test]
 fn it_starts_once_ends_on_a_signal_and_leaves_nothing() {
@@ -117,6 +40,19 @@ fn a_killed_one_is_replaced() {
     assert!(killed.config.socket.exists());
     let next = start(dir.path());
     assert!(matches!(ask(&next.config, Action::Status), Reply::Status(_)));
+}
+
+#[test]
+fn nobody_needs_to_listen_to_it() {
+    let dir = folder();
+    let mut process = start(dir.path());
+    drop(process.child.stderr.take());
+    let card = common::card(&process.config.socket, "n10");
+    // A packet of which it complains.
+    common::send(&card, &[0; 5]);
+    let mut guest = Guest::new(card, 10);
+    let (_, connected) = guest.connected(std::net::SocketAddrV4::new(GATEWAY, 53));
+    assert!(connected);
 }
 
 #[test]

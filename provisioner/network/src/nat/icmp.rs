@@ -20,6 +20,7 @@ use smoltcp::{
 use super::Outside;
 use crate::{
     lan::Lan,
+    log,
     poller::{EventFlags, Token},
 };
 
@@ -144,10 +145,10 @@ impl IcmpFlows {
         if let Err(e @ (Errno::ACCESS | Errno::PERM)) = &opened
             && !std::mem::replace(&mut self.told, true)
         {
-            eprintln!(
-                "lab-net: nodes cannot ping beyond the lab: {e}. Allow it with \
+            log::warn(format_args!(
+                "nodes cannot ping beyond the lab: {e}. Allow it with \
                  `sysctl net.ipv4.ping_group_range=\"0 2147483647\"`"
-            );
+            ));
         }
         let socket = opened?;
         rustix::net::connect(&socket, &SocketAddrV4::new(ip, 0))?;

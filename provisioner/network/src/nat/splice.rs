@@ -133,11 +133,11 @@ impl HostSide {
             if !self.writable {
                 return Outcome::Going;
             }
+            self.stage = Stage::Joined;
             if let Ok(Err(e)) | Err(e) = rustix::net::sockopt::socket_error(&self.socket) {
                 tcp.abort();
                 return Outcome::Unreachable(e);
             }
-            self.stage = Stage::Joined;
             tcp.pause_synack(false);
         }
         if let Stage::GuestConnecting(deadline) = self.stage {

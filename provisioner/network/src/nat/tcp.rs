@@ -380,7 +380,7 @@ impl TcpFlows {
 fn room(flows: usize) -> usize {
     match flows {
         0..64 => 256 << 10,
-        64..512 => 64 << 10,
+        64..512 => 96 << 10,
         _ => 16 << 10,
     }
 }
