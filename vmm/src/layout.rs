@@ -37,7 +37,9 @@ pub const CMDLINE_MAX: usize = 2047;
 pub const LOW_RAM_END: u64 = 0xA0000;
 /// ACPI tables, the RSDP first.
 pub const ACPI: u64 = 0xE0000;
-/// End of the room for ACPI tables.
+/// Where a BIOS starts after a reset: F000:FFF0 in real mode. The room for ACPI tables ends here.
+pub const RESET_VECTOR: u64 = 0xFFFF0;
+/// End of what the guest is told holds ACPI tables.
 pub const ACPI_END: u64 = 0x100000;
 /// Where kernels are loaded, at the lowest.
 pub const HIGH_RAM: u64 = MIB;

@@ -5,6 +5,7 @@ mod bzimage;
 mod initrd;
 mod memory_map;
 mod pvh;
+mod reset_vector;
 
 use std::{
     fs::File,
@@ -188,6 +189,7 @@ pub fn describe(
     check_cmdline(cmdline)?;
     memory.write_slice(cmdline.as_bytes(), GuestAddress(layout::CMDLINE))?;
     memory.write_obj(0u8, GuestAddress(layout::CMDLINE + cmdline.len() as u64))?;
+    reset_vector::write(memory)?;
     let map = memory_map::build(memory);
     match &kernel.entry {
         Entry::Pvh { .. } => pvh::write(memory, &map, initrd)?,

@@ -70,6 +70,26 @@ impl Code {
         self.put(&[0x0f, 0x01, 0x1d]).put(&0x9_0000u32.to_le_bytes()).put(&[0x31, 0xc0, 0xf7, 0xf0]).halt()
     }
 
+    /// Go to real mode, at F000:FFF0, as Linux does to reboot through the BIOS.
+    pub fn real_mode_reset(self) -> Self {
+        // Placed at the code's present end: lgdt, then a far jump over the table into a 16-bit segment based at BASE.
+        let at = self.0.len() as u32;
+        let table = BASE + at + 14;
+        let code = self
+            .put(&[0x0f, 0x01, 0x15])
+            .put(&(table + 16).to_le_bytes())
+            .put(&[0xea])
+            .put(&(at + 14 + 22).to_le_bytes())
+            .put(&[8, 0])
+            // The table: nothing, and 64 KiB of 16-bit code; then its limit and address.
+            .put(&[0; 8])
+            .put(&[0xff, 0xff, 0, 0, 0x10, 0x9b, 0, 0])
+            .put(&15u16.to_le_bytes())
+            .put(&table.to_le_bytes());
+        // mov eax, cr0; and al, 0xfe; mov cr0, eax; jmp F000:FFF0
+        code.put(&[0x0f, 0x20, 0xc0, 0x24, 0xfe, 0x0f, 0x22, 0xc0, 0xea, 0xf0, 0xff, 0x00, 0xf0])
+    }
+
     /// Any other instruction.
     pub fn raw(self, bytes: &[u8]) -> Self {
         self.put(bytes)

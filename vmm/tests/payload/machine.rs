@@ -193,3 +193,13 @@ fn a_triple_fault_is_told() {
     assert!(stderr(&output).contains("triple fault"), "{}", stderr(&output));
     assert_eq!(bench.log(), "xxxxxxxxxx");
 }
+
+#[test]
+fn the_bios_entry_resets() {
+    if !kvm() {
+        return;
+    }
+    let bench = Bench::new(&elf(&Code::default().say("x").real_mode_reset()));
+    let output = bench.start().end();
+    assert_eq!(stderr(&output).matches("the guest resets").count(), 10, "{}", stderr(&output));
+}
