@@ -190,7 +190,8 @@ impl Handler for ConsoleHandler {
         match token {
             RECEIVE => self.type_in(poll),
             INPUT => {
-                self.readable = true;
+                // Somebody else may have read it by now, and the descriptor may be a blocking one.
+                self.readable = has_input(&self.ends.input);
                 self.type_in(poll)
             }
             _ => self.print(),
