@@ -51,7 +51,7 @@ pub fn run(context: &Context, action: ImageAction) -> Result<ExitCode, Error> {
             }
         }
         ImageAction::Import { name, path } => {
-            let _ = (name, path); // WIP
+            with_progress(context, &name, "import", |say| store.import(&name, &path, say))?;
         }
         ImageAction::Verify { name } => {
             let image = with_progress(context, &name, "verify", |_| store.verify(&name))?;
