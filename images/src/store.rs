@@ -131,6 +131,9 @@ impl Image {
     }
 }
 
+/// A name in the store, and the image or what is wrong with it.
+pub type Listed = (String, Result<Image, Error>);
+
 impl Store {
     /// The store in this folder (`LAB_HOME/images`), which need not exist yet.
     pub fn open(folder: &Path) -> Store {
@@ -182,7 +185,7 @@ impl Store {
     }
 
     /// All images, by name; damaged ones with the error that [`Store::get`] gives.
-    pub fn list(&self) -> Result<Vec<(String, Result<Image, Error>)>, Error> {
+    pub fn list(&self) -> Result<Vec<Listed>, Error> {
         let entries = match fs::read_dir(&self.folder) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -11,10 +11,7 @@ use std::{
 
 use lab_images::manifest::SshTransport;
 
-use crate::{
-    child, control, json_file,
-    paths::LabPaths,
-};
+use crate::{child, control, json_file, paths::LabPaths};
 
 /// Port of the SSH server in every node.
 const SSH_PORT: u16 = 22;
@@ -25,7 +22,9 @@ const CONTROL_PERSIST_S: u32 = 600;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The connection can't be made.
-    #[error("{node} cannot be reached: {reason} (is it running? `lab status` tells; `lab console {node}` shows its console)")]
+    #[error(
+        "{node} cannot be reached: {reason} (is it running? `lab status` tells; `lab console {node}` shows its console)"
+    )]
     Unreachable {
         /// The node.
         node: String,
@@ -67,15 +66,18 @@ pub fn ensure_key(path: &Path) -> Result<String, Error> {
             .output()
             .map_err(|source| Error::Tool { tool: "ssh-keygen", source })?;
         // The public half first: a key counts as made when both are there.
-        let moved = std::fs::rename(new.with_extension("pub"), &public)
-            .and_then(|()| std::fs::rename(&new, path));
+        let moved =
+            std::fs::rename(new.with_extension("pub"), &public).and_then(|()| std::fs::rename(&new, path));
         if !output.status.success() || moved.is_err() {
             let reason = String::from_utf8_lossy(&output.stderr).trim().to_string();
             return Err(Error::Key { path: path.into(), reason });
         }
     }
-    let line = std::fs::read_to_string(&public)
-        .map_err(|source| json_file::Error::Io { action: "read", path: public, source })?;
+    let line = std::fs::read_to_string(&public).map_err(|source| json_file::Error::Io {
+        action: "read",
+        path: public,
+        source,
+    })?;
     Ok(line.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
 }
 

@@ -95,11 +95,8 @@ pub fn run(
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => break true,
             }
         };
-        let status = if timed_out {
-            None
-        } else {
-            wait(&mut child, end.saturating_duration_since(Instant::now()))?
-        };
+        let status =
+            if timed_out { None } else { wait(&mut child, end.saturating_duration_since(Instant::now()))? };
         if status.is_none() {
             child.kill()?;
             child.wait()?;

@@ -78,9 +78,7 @@ pub fn dial(socket: &Path, ip: std::net::Ipv4Addr, port: u16) -> Result<UnixStre
     let (stream, reply) = exchange(socket, &request)?;
     match reply {
         net::Reply::Done => {
-            stream
-                .set_read_timeout(None)
-                .map_err(|source| Error::Io { socket: socket.into(), source })?;
+            stream.set_read_timeout(None).map_err(|source| Error::Io { socket: socket.into(), source })?;
             Ok(stream)
         }
         net::Reply::Error(sentence) => Err(Error::Refused(sentence)),

@@ -63,7 +63,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A node's pinned image is gone.
-    #[error("{node}: its image below {path} is missing: `lab destroy {node}` and `lab up` make the node anew")]
+    #[error(
+        "{node}: its image below {path} is missing: `lab destroy {node}` and `lab up` make the node anew"
+    )]
     ImageGone {
         /// The node.
         node: String,

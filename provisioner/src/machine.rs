@@ -62,7 +62,12 @@ pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), 
     }
     let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
     let log = lab.dirs.node(node).join("vmm.log");
-    Err(Error::StillThere { process: format!("the machine of {node}"), seconds: END_LIMIT.as_secs(), last, log })
+    Err(Error::StillThere {
+        process: format!("the machine of {node}"),
+        seconds: END_LIMIT.as_secs(),
+        last,
+        log,
+    })
 }
 
 /// Ends the lab's network.

@@ -105,7 +105,8 @@ impl LabPaths {
         if longest > LONGEST_SOCKET_PATH {
             return Err(Error::TooLong(self.sockets.clone()));
         }
-        for dir in [self.dir.as_path(), &self.dir.join("nodes"), &self.dir.join("net"), &self.dir.join("ssh")] {
+        for dir in [self.dir.as_path(), &self.dir.join("nodes"), &self.dir.join("net"), &self.dir.join("ssh")]
+        {
             private_dir(dir)?;
         }
         if let Some(parent) = self.sockets.parent() {

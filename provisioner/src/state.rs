@@ -10,8 +10,9 @@ use lab_net::config::Forward;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    json_file, lock,
+    json_file,
     labfile::topology::{Node, Topology},
+    lock,
     paths::{LabPaths, Paths},
 };
 

@@ -86,7 +86,9 @@ fn kill(lab: &TestLab, victim: Victim, wait: Duration) {
                 std::thread::sleep(Duration::from_millis(500));
             }
         }
-        Victim::Machine => on_host(lab, &format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32())),
+        Victim::Machine => {
+            on_host(lab, &format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32()))
+        }
         Victim::Network => on_host(lab, "kill -9 $(lab_pid net/net.lock)"),
         Victim::Host if emulated() => {
             let pid = std::fs::read_to_string(home().join("host/qemu.pid")).unwrap();

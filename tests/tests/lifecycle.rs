@@ -51,7 +51,12 @@ fn a_lab_s_life() {
 
     assert_eq!(lab.state_of("master"), "absent");
     let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
-    assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == false || entry["action"] == "image tiny"));
+    assert!(
+        plan.as_array()
+            .unwrap()
+            .iter()
+            .all(|entry| entry["done"] == false || entry["action"] == "image tiny")
+    );
     lab.run(&["up"]);
     assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("running".into(), "running".into()));
 
@@ -67,7 +72,8 @@ fn a_lab_s_life() {
     assert_eq!((status, page.as_str()), (Some(0), "page of worker1 at 10.77.0.11\n"));
     let (status, said) = lab.shell("master", "ping -c 1 -W 20 worker1 2>&1", b"");
     assert_eq!(status, Some(0), "{said}");
-    let (status, said) = lab.shell("master", "wget -q -O - http://deb.debian.org/debian/dists/trixie/Release", b"");
+    let (status, said) =
+        lab.shell("master", "wget -q -O - http://deb.debian.org/debian/dists/trixie/Release", b"");
     assert!(status == Some(0) && said.contains("Codename: trixie"), "{status:?} {said}");
 
     // The host sees the forwarded port.
@@ -104,7 +110,9 @@ fn a_lab_s_life() {
     assert!(failed.len() == 1 && failed[0]["node"] == "worker1" && failed[0]["hint"] == "start httpd");
 
     // A step that changed runs again, and only that one.
-    lab.rewrite(&(text.clone() + "\n[[step]]\nname = \"more\"\non = \"master\"\nrun = \"echo more >> /srv/more\"\n"));
+    lab.rewrite(
+        &(text.clone() + "\n[[step]]\nname = \"more\"\non = \"master\"\nrun = \"echo more >> /srv/more\"\n"),
+    );
     lab.run(&["up"]);
     assert_eq!(lab.shell("master", "cat /srv/count /srv/more", b"").1, "ran\nmore\n");
 

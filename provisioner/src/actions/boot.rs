@@ -40,8 +40,7 @@ impl Action for Boot {
         if state::node_state(&lab.dirs, &self.node.name) != NodeState::Running {
             return Ok(false);
         }
-        let running: Option<VmConfig> =
-            json_file::read(&lab.dirs.node(&self.node.name).join("vm.json"))?;
+        let running: Option<VmConfig> = json_file::read(&lab.dirs.node(&self.node.name).join("vm.json"))?;
         if let Some(running) = running {
             for (what, is, wanted) in [
                 ("cpus", u64::from(running.cpus), u64::from(self.node.cpus)),
@@ -81,8 +80,7 @@ impl Action for Boot {
         let mut command = Command::new(&program);
         command.arg("--config").arg(&file).current_dir(&dir);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        let mut process =
-            child::detach(&mut command).spawn().map_err(io("start", &program))?;
+        let mut process = child::detach(&mut command).spawn().map_err(io("start", &program))?;
         let socket = lab.dirs.node_socket(name, "ctl");
         let end = Instant::now() + lab.limit(START_LIMIT_S);
         loop {
@@ -92,7 +90,8 @@ impl Action for Boot {
             {
                 return Ok(());
             }
-            let ended = child::wait(&mut process, Duration::from_millis(20)).map_err(io("watch", &program))?;
+            let ended =
+                child::wait(&mut process, Duration::from_millis(20)).map_err(io("watch", &program))?;
             let last = fs::read_to_string(&log).unwrap_or_default();
             if ended.is_some() {
                 return Err(Error::NotStarted { program: "lab-vmm", reason: last.trim().into() });

@@ -5,7 +5,9 @@ use std::fs;
 use lab_vmm::{config::DiskFormat, qcow2};
 
 use super::{Action, Error, image};
-use crate::{channel, json_file, lab::Lab, labfile::topology::Node, paths, progress::Task, state::NodeRecord};
+use crate::{
+    channel, json_file, lab::Lab, labfile::topology::Node, paths, progress::Task, state::NodeRecord,
+};
 
 /// Makes a node's folder with its disks and keys.
 pub struct Disk {
@@ -87,8 +89,8 @@ fn remove(path: &std::path::Path) -> Result<(), Error> {
 /// A machine id: 32 hexadecimal digits.
 fn random_id() -> Result<String, Error> {
     let path = "/proc/sys/kernel/random/uuid";
-    let text = fs::read_to_string(path)
-        .map_err(|source| Error::Io { action: "read", path: path.into(), source })?;
+    let text =
+        fs::read_to_string(path).map_err(|source| Error::Io { action: "read", path: path.into(), source })?;
     Ok(text.trim().replace('-', ""))
 }
 

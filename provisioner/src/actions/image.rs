@@ -44,8 +44,7 @@ impl Action for Image {
         let io = |action: &'static str, path: PathBuf| move |source| Error::Io { action, path, source };
         let parent = lab.dirs.dir.join("images");
         fs::create_dir_all(&parent).map_err(io("make the folder", parent.clone()))?;
-        let partial =
-            tempfile::tempdir_in(&parent).map_err(io("make a folder in", parent.clone()))?;
+        let partial = tempfile::tempdir_in(&parent).map_err(io("make a folder in", parent.clone()))?;
         for entry in fs::read_dir(&image.dir).map_err(io("read", image.dir.clone()))? {
             let entry = entry.map_err(io("read", image.dir.clone()))?;
             fs::hard_link(entry.path(), partial.path().join(entry.file_name()))

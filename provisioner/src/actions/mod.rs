@@ -67,7 +67,9 @@ pub enum Error {
     #[error("{0}: `lab halt`, then `lab up` applies it")]
     NeedsHalt(String),
     /// A script failed in a node.
-    #[error("step `{step}` failed: {reason}\n{tail}\n  its output is in {log}; after a change, `lab up` goes on from this step")]
+    #[error(
+        "step `{step}` failed: {reason}\n{tail}\n  its output is in {log}; after a change, `lab up` goes on from this step"
+    )]
     Step {
         /// The step.
         step: String,

@@ -46,9 +46,11 @@ fn start(lab: &Lab, config: &NetworkConfig) -> Result<(), Error> {
     let program = lab::sibling("lab-net");
     let mut command = Command::new(&program);
     command.arg("--config").arg(&file).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-    let mut process = child::detach(&mut command)
-        .spawn()
-        .map_err(|source| Error::Io { action: "start", path: program, source })?;
+    let mut process = child::detach(&mut command).spawn().map_err(|source| Error::Io {
+        action: "start",
+        path: program,
+        source,
+    })?;
     // The one line is there when all sockets are; without it the process has ended.
     let mut line = String::new();
     if let Some(stdout) = process.stdout.take() {

@@ -63,13 +63,16 @@ impl Action for Script {
 
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let logs = lab.dirs.node(&self.node.name).join("steps");
-        fs::create_dir_all(&logs)
-            .map_err(|source| Error::Io { action: "make the folder", path: logs.clone(), source })?;
+        fs::create_dir_all(&logs).map_err(|source| Error::Io {
+            action: "make the folder",
+            path: logs.clone(),
+            source,
+        })?;
         let log = logs.join(format!("{}.log", self.name.replace('/', "-")));
         let channel = lab.channel(&self.node.name);
         let limit = lab.limit(self.limit_s);
-        let outcome =
-            channel.script(&self.text, &self.environment, Some(&log), limit, &mut |line| task.detail(line))?;
+        let outcome = channel
+            .script(&self.text, &self.environment, Some(&log), limit, &mut |line| task.detail(line))?;
         let failed = |reason: String, tail: Vec<String>| {
             let tail = tail.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n");
             Error::Step { step: self.name.clone(), reason, tail, log: log.clone() }

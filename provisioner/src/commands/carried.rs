@@ -59,7 +59,9 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         // What can be found wrong here is told here, and images are built where building is quick.
         let lab = context.wanted()?;
         if let Some(reason) = reason {
-            context.progress.say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
+            context
+                .progress
+                .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
         }
         wants.forwards = lab.forwards();
         prepare_images(context, &lab)?;

@@ -51,9 +51,14 @@ fn run_one(lab: &Lab, check: &Check) -> Result<Vec<CheckResult>, Error> {
             let task = lab.progress.begin(&node.name, &check.name);
             let environment = actions::environment(lab, node, None);
             let outcome =
-                lab.channel(&node.name).script(&check.run, &environment, None, limit, &mut |line| task.detail(line))?;
+                lab.channel(&node.name)
+                    .script(&check.run, &environment, None, limit, &mut |line| task.detail(line))?;
             let passed = outcome.success();
-            if passed { task.done() } else { task.failed() }
+            if passed {
+                task.done()
+            } else {
+                task.failed()
+            }
             let said = match outcome.tail.last() {
                 Some(line) => line.clone(),
                 None if passed => String::new(),

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use super::{Context, Error, status, table};
 use crate::{
     actions::{self, Action},
-    labfile,
     cli::ForwardAction,
+    labfile,
 };
 
 /// Lists, adds or removes forwards.
@@ -23,9 +23,10 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
             let ip = lab.node(&node)?.ip;
             let new = labfile::parse_forward(&forward, ip).map_err(Error::Other)?;
             for forward in &new {
-                let taken = lab.forwards().into_iter().find(|open| {
-                    (open.host_port, open.protocol) == (forward.host_port, forward.protocol)
-                });
+                let taken = lab
+                    .forwards()
+                    .into_iter()
+                    .find(|open| (open.host_port, open.protocol) == (forward.host_port, forward.protocol));
                 if let Some(taken) = taken.filter(|taken| taken != forward) {
                     let guest = format!("{}:{}", taken.guest_ip, taken.guest_port);
                     let port = forward.host_port;
@@ -38,7 +39,8 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
             let before = lab.added_forwards.len();
             lab.added_forwards.retain(|forward| forward.host_port != host_port);
             if lab.added_forwards.len() == before {
-                let sentence = format!("no forward of port {host_port} was added; those of the labfile go with it");
+                let sentence =
+                    format!("no forward of port {host_port} was added; those of the labfile go with it");
                 return Err(Error::Other(sentence));
             }
         }

@@ -38,7 +38,11 @@ pub fn off(lab: &Lab, nodes: &[String], force: bool) -> Result<(), Error> {
             }
             let task = lab.progress.begin(name, "power off");
             let result = machine::power_off(lab, name, force, &task);
-            if result.is_ok() { task.done() } else { task.failed() }
+            if result.is_ok() {
+                task.done()
+            } else {
+                task.failed()
+            }
             result
         };
         let threads: Vec<_> = names.iter().map(|name| scope.spawn(move || power_off(name))).collect();

@@ -54,7 +54,9 @@ pub fn run(context: &Context, forced: Option<&str>, action: HostAction) -> Resul
         HostAction::Exec { command } => {
             let command: Vec<OsString> = command.into_iter().map(Into::into).collect();
             let say = &mut |line: &str| context.progress.say(line);
-            return match carry::run(&context.paths, command, Wants::default(), say).map_err(host::Error::from)? {
+            return match carry::run(&context.paths, command, Wants::default(), say)
+                .map_err(host::Error::from)?
+            {
                 Carried::Ended(status) => Ok(ExitCode::from(status)),
                 Carried::Here(_) => {
                     let sentence = "the emulated host is not running: `lab host start` starts it";

@@ -47,7 +47,9 @@ pub fn run(context: &Context, action: ImageAction) -> Result<ExitCode, Error> {
         ImageAction::Ls => return list(context, &store),
         ImageAction::Build { names, force } => {
             for name in names {
-                with_progress(context, &name, "build", |say| store.build(&Definition::find(&name)?, force, say))?;
+                with_progress(context, &name, "build", |say| {
+                    store.build(&Definition::find(&name)?, force, say)
+                })?;
             }
         }
         ImageAction::Import { name, path } => {

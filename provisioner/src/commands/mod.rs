@@ -42,7 +42,9 @@ pub const USAGE: u8 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No labfile.
-    #[error("there is no lab.toml here or in a parent folder: `lab init` writes one, `-f FILE` names another")]
+    #[error(
+        "there is no lab.toml here or in a parent folder: `lab init` writes one, `-f FILE` names another"
+    )]
     NoLabfile,
     /// The labfile is wrong.
     #[error("{0}")]

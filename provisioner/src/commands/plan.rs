@@ -22,7 +22,8 @@ pub fn run(context: &Context) -> Result<ExitCode, Error> {
         };
         let rows: Vec<_> = entries.iter().map(row).collect();
         let open = entries.iter().filter(|entry| !entry.done).count();
-        table(&["#", "NODE", "ACTION", "STATE", "AFTER"], &rows) + &format!("\n{open} of {} to do", rows.len())
+        table(&["#", "NODE", "ACTION", "STATE", "AFTER"], &rows)
+            + &format!("\n{open} of {} to do", rows.len())
     })?;
     Ok(ExitCode::SUCCESS)
 }

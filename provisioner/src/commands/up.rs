@@ -54,7 +54,8 @@ pub fn report(lab: &Lab, outcome: plan::Outcome) -> Result<(), Error> {
 fn warn_of_left_overs(lab: &Lab) {
     for name in crate::state::nodes_on_disk(&lab.dirs) {
         if lab.node(&name).is_err() {
-            lab.progress.warn(&format!("{name} is no longer in the labfile: `lab destroy {name}` removes it"));
+            lab.progress
+                .warn(&format!("{name} is no longer in the labfile: `lab destroy {name}` removes it"));
         }
     }
 }

@@ -78,7 +78,7 @@ pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
             .map(|()| 0),
         ("host-carried", Some(request)) => emulated::carried::run(request).map_err(|error| error.to_string()),
         ("host-order", Some(order)) => {
-            emulated::init::order(&order.to_string_lossy()).map(|()| 0).map_err(|error| error.to_string())
+            emulated::orders::order(&order.to_string_lossy()).map(|()| 0).map_err(|error| error.to_string())
         }
         _ => return None,
     };

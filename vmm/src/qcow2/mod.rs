@@ -71,8 +71,11 @@ pub struct Info {
 
 /// Reads an image's header. The backing file need not exist.
 pub fn info(path: &Path) -> Result<Info, Error> {
-    let file = fs::File::open(path)
-        .map_err(|source| Error::Io { path: path.to_owned(), action: "open it", source })?;
+    let file = fs::File::open(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "open it",
+        source,
+    })?;
     let header = Header::read(path, &file)?;
     let backing = match &header.backing {
         Some(name) => Some((header::resolve(path, name), header.backing_format(path)?)),
@@ -171,8 +174,11 @@ fn folder(path: &Path) -> &Path {
 /// `target` as seen from the folder of `from`.
 fn relative(from: &Path, target: &Path) -> Result<PathBuf, Error> {
     let real = |path: &Path| {
-        fs::canonicalize(path)
-            .map_err(|source| Error::Io { path: path.to_owned(), action: "find it", source })
+        fs::canonicalize(path).map_err(|source| Error::Io {
+            path: path.to_owned(),
+            action: "find it",
+            source,
+        })
     };
     let (from, target) = (real(folder(from))?, real(target)?);
     let common = from.components().zip(target.components()).take_while(|(a, b)| a == b).count();

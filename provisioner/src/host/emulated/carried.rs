@@ -19,11 +19,16 @@ use rustix::{
 
 use super::{
     Error, VERSION,
-    carry::{Answer, Report, Request, SEQUENCE},
+    carry::SEQUENCE,
     files::{Files, lock_within},
-    init,
+    init, orders,
+    request::{Answer, Report, Request},
 };
-use crate::{control, json_file, paths::Paths, state};
+use crate::{
+    control, json_file,
+    paths::Paths,
+    state::{self, LabState},
+};
 
 /// How long an interrupted command may take before it is told more firmly, and for how long then.
 const LIMITS: [(Signal, Duration); 3] = [
@@ -35,7 +40,7 @@ const LIMITS: [(Signal, Duration); 3] = [
 /// Runs the request of a file and sends the answer to who made it.
 pub fn run(path: &Path) -> Result<u8, Error> {
     // What has changed outside since the last command must be seen.
-    init::order("refresh")
+    orders::order("refresh")
         .map_err(|source| Error::Io { what: "cannot reach the first process".into(), source })?;
     let request: Request =
         json_file::read(path)?.ok_or_else(|| Error::Lost(", since its request is gone".into()))?;
@@ -170,14 +175,16 @@ fn report(paths: &Paths) -> Result<Report, Error> {
         if state::is_running(&lab) {
             report.labs.push(name);
         }
-        if state::net_is_running(&lab)
-            && let Ok(status) = control::net_status(&lab.net_control())
-        {
-            report.forwards.extend(status.forwards);
+        if state::net_is_running(&lab) {
+            // A network that is too busy to answer has the forwards that are recorded.
+            report.forwards.extend(match control::net_status(&lab.net_control()) {
+                Ok(status) => status.forwards,
+                Err(_) => LabState::read(&lab).ok().flatten().map_or(Vec::new(), |lab| lab.all_forwards()),
+            });
         }
     }
     for address in addresses(&report.forwards) {
-        init::order(&format!("address {address}"))
+        orders::order(&format!("address {address}"))
             .map_err(|source| Error::Io { what: format!("cannot listen on {address}"), source })?;
     }
     Ok(report)

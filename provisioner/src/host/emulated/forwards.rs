@@ -13,10 +13,10 @@ use rustix::fs::{FlockOperation, flock};
 
 use super::{
     Error,
-    carry::Request,
     files::{Files, lock_within},
     init,
     qmp::{self, Qmp},
+    request::Request,
 };
 use crate::json_file;
 
@@ -223,7 +223,7 @@ mod tests {
         let new = Open::wanted(&forward([192, 168, 7, 1], 18080, Protocol::Tcp));
         let (closing, opening) = difference(&open, &[keep.clone(), new.clone(), new.clone()]);
         assert_eq!(closing, [open[2].clone()], "the way in for commands stays");
-        assert_eq!(opening, [new.clone()]);
+        assert_eq!(opening, std::slice::from_ref(&new));
         assert_eq!(new.guest, ([192, 168, 7, 1].into(), 18080));
         let (closing, opening) = difference(&open, &open);
         assert!(closing.is_empty() && opening.is_empty());

@@ -5,12 +5,9 @@
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, BufRead, BufReader, Read, Write},
+    io::{self, Write},
     net::{Ipv4Addr, TcpStream},
-    os::unix::{
-        fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
-        net::{UnixListener, UnixStream},
-    },
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -25,7 +22,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{machine::meminfo, netlink::Netlink};
+use super::{machine::meminfo, netlink::Netlink, orders};
 
 /// What init says on the console when commands can come in.
 pub const READY: &str = "lab-host: ready";
@@ -35,13 +32,12 @@ pub const FAILED: &str = "lab-host: failed: ";
 pub const USER: &str = "lab-host";
 /// Address of the machine on QEMU's user network (10.0.2.0/24, gateway .2, name server .3).
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 15);
-/// Socket for orders, one line a connection, answered with `done`: see [`order`].
-const ORDERS: &str = "/run/lab-host/orders";
 
 /// The real machine, whose 127.0.0.1 is reached by it.
 pub const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 2);
 const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
-const RUN: &str = "/run/lab-host";
+/// Folder of what is the machine's own.
+pub const RUN: &str = "/run/lab-host";
 /// Folders of the system, which nothing in here has to change.
 const READ_ONLY: [&str; 8] = ["/usr", "/etc", "/boot", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
 /// How long processes get to end before they are killed.
@@ -126,10 +122,7 @@ fn serve(config: &Path) -> Result<(), Error> {
     let limit = rustix::process::Rlimit { current: Some(1024), maximum: Some(1 << 19) };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).map_err(failed("setrlimit"))?;
 
-    let orders = UnixListener::bind(ORDERS).map_err(failed(ORDERS))?;
-    fs::set_permissions(ORDERS, fs::Permissions::from_mode(0o600)).map_err(failed(ORDERS))?;
-    chown(ORDERS, Some(config.uid), Some(config.gid)).map_err(failed(ORDERS))?;
-    thread::Builder::new().name("orders".into()).spawn(|| obey(orders)).map_err(failed("start a thread"))?;
+    orders::listen(config.uid, config.gid, stop).map_err(failed("the socket for orders"))?;
     let later_modules = config.later.clone();
     let mut server = start_server(&config)?;
     wait_for_server()?;
@@ -268,53 +261,6 @@ fn wait_for_server() -> Result<(), Error> {
     }
 }
 
-/// Asks the machine's first process for something, and waits until it is done:
-/// - `refresh`: look again at files of the real machine that nobody has open in here;
-/// - `address A.B.C.D`: one more address to listen on;
-/// - `stop`: end the machine, once this has been answered.
-pub fn order(order: &str) -> io::Result<()> {
-    let mut stream = UnixStream::connect(ORDERS)?;
-    stream.set_read_timeout(Some(SERVER_LIMIT))?;
-    writeln!(stream, "{order}")?;
-    let mut answer = String::new();
-    BufReader::new(stream).read_line(&mut answer)?;
-    if answer == "done\n" { Ok(()) } else { Err(io::Error::other(answer.trim().to_string())) }
-}
-
-fn obey(orders: UnixListener) {
-    for stream in orders.incoming() {
-        let mut line = String::new();
-        let Ok(mut stream) = stream else { continue };
-        let read = stream
-            .set_read_timeout(Some(Duration::from_secs(5)))
-            .and_then(|()| BufReader::new((&stream).take(256)).read_line(&mut line));
-        let answer = match read.and_then(|_| carry_out(line.trim())) {
-            Ok(()) => "done".into(),
-            Err(error) => error.to_string(),
-        };
-        // Who does not wait for the answer does not need it.
-        let _ = writeln!(stream, "{answer}");
-        if line.trim() == "stop" {
-            stop();
-        }
-    }
-}
-
-fn carry_out(order: &str) -> io::Result<()> {
-    match order.split_once(' ') {
-        None if order == "stop" => Ok(()),
-        // Names and attributes are remembered for a day, which spares nearly all questions to the real machine; this
-        // forgets those that are not in use.
-        None if order == "refresh" => fs::write("/proc/sys/vm/drop_caches", "2"),
-        Some(("address", address)) => {
-            let address: Ipv4Addr = address.parse().map_err(io::Error::other)?;
-            let netlink = Netlink::open()?;
-            netlink.add_address(netlink.index("lo")?, address, 32)
-        }
-        _ => Err(io::Error::other(format!("unknown order {order:?}"))),
-    }
-}
-
 fn settings() -> Result<(), Error> {
     for (name, value) in [
         // lab-net's ICMP echo without root.
@@ -348,7 +294,7 @@ fn accounts(config: &InitConfig) -> Result<(), Error> {
     private(format!("{home}/.ssh"), 0o700)?;
     let keys = format!("{home}/.ssh/authorized_keys");
     OpenOptions::new()
-        .create(true)
+        .create_new(true)
         .write(true)
         .mode(0o600)
         .open(&keys)

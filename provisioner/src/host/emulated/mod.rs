@@ -4,20 +4,26 @@
 //!
 //! - `machine`: start, stop, and what can be told of it; `supervisor`: the process that stands for it
 //! - `kernel`, `keys`, `tools`, `files`: what it is made of
-//! - `init`, `netlink`: its first process
-//! - `carry`: commands that are carried into it, from outside; `carried`: the same from inside
+//! - `init`, `netlink`, `orders`: its first process; `console`: what it says
+//! - `carry`: commands that are carried into it, from outside; `carried`: the same from inside; `request`, `ssh` and
+//!   `line` are what goes between the two
 //! - `forwards`, `qmp`: ports of the real machine that lead into it
 
 pub mod carried;
 pub mod carry;
+mod console;
 pub mod files;
 pub mod forwards;
 pub mod init;
 pub mod kernel;
 mod keys;
+mod line;
 pub mod machine;
 mod netlink;
+pub mod orders;
 mod qmp;
+mod request;
+mod ssh;
 pub mod supervisor;
 pub mod tools;
 

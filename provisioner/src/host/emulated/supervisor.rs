@@ -3,13 +3,13 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read, Write},
+    io::{self, Write},
     os::{
         fd::{AsFd, AsRawFd},
         unix::{net::UnixListener, process::CommandExt},
     },
     path::{Path, PathBuf},
-    process::{Child, ChildStdout, Command, ExitStatus, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
@@ -19,13 +19,11 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{State, files::Files, forwards, init, kernel, qmp::Qmp};
+use super::{State, console::Console, files::Files, forwards, init, kernel, qmp::Qmp};
 use crate::{json_file, lock, paths::Paths};
 
 /// How long the machine may take until commands can come in.
 pub const START_LIMIT: Duration = Duration::from_secs(180);
-/// Largest file of console messages, in bytes; what comes after is dropped.
-const CONSOLE_LIMIT: usize = 1 << 20;
 /// Name of virtiofsd's listening socket among its file descriptors.
 const VIRTIOFS_TAG: &str = "lab";
 /// What the kernel is told. The emulated processor has nothing to mitigate, and waits for RCU are dear on it.
@@ -297,95 +295,9 @@ fn last_line(log: &Path) -> String {
     line.map(|line| format!(": {line}")).unwrap_or_default()
 }
 
-/// The machine's serial console.
-struct Console {
-    pipe: ChildStdout,
-    open: bool,
-    log: File,
-    written: usize,
-    partial: Vec<u8>,
-    /// The last line.
-    last: String,
-}
-
-impl Console {
-    fn new(pipe: ChildStdout, log: &Path) -> io::Result<Self> {
-        rustix::io::ioctl_fionbio(&pipe, true)?;
-        Ok(Self {
-            pipe,
-            open: true,
-            log: File::create(log)?,
-            written: 0,
-            partial: Vec::new(),
-            last: "nothing".into(),
-        })
-    }
-
-    /// The lines that have come in.
-    fn read(&mut self) -> Vec<String> {
-        let mut lines = Vec::new();
-        let mut buffer = [0; 4096];
-        loop {
-            match self.pipe.read(&mut buffer) {
-                Ok(0) => {
-                    self.open = false;
-                    return lines;
-                }
-                Ok(length) => {
-                    let bytes = buffer.get(..length).unwrap_or_default();
-                    let room = CONSOLE_LIMIT.saturating_sub(self.written).min(length);
-                    if self.log.write_all(bytes.get(..room).unwrap_or_default()).is_ok() {
-                        self.written += room;
-                    }
-                    self.split(bytes, &mut lines);
-                }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => {
-                    self.open = error.kind() == io::ErrorKind::WouldBlock;
-                    return lines;
-                }
-            }
-        }
-    }
-
-    fn split(&mut self, bytes: &[u8], lines: &mut Vec<String>) {
-        for byte in bytes {
-            match byte {
-                b'\n' => {
-                    let line = String::from_utf8_lossy(&self.partial).trim().to_string();
-                    self.partial.clear();
-                    if !line.is_empty() {
-                        self.last = line.clone();
-                        lines.push(line);
-                    }
-                }
-                _ if self.partial.len() < 1024 => self.partial.push(*byte),
-                _ => {}
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_console_is_read_line_by_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut child = Command::new("printf")
-            .args(["one\\r\\ntw%s\\n\\nrest", "o"])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let log = dir.path().join("console.log");
-        let mut console = Console::new(child.stdout.take().unwrap(), &log).unwrap();
-        child.wait().unwrap();
-        assert_eq!(console.read(), ["one", "two"]);
-        assert!(!console.open);
-        assert_eq!(console.last, "two");
-        assert_eq!(fs::read(log).unwrap(), b"one\r\ntwo\n\nrest");
-    }
 
     #[test]
     fn what_a_program_said_last_is_told() {

@@ -125,7 +125,7 @@ mod tests {
 
     fn program(path: &Path, script: &str) {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        let mut file = fs::File::options().create(true).write(true).mode(0o755).open(path).unwrap();
+        let mut file = fs::File::options().create_new(true).write(true).mode(0o755).open(path).unwrap();
         std::io::Write::write_all(&mut file, script.as_bytes()).unwrap();
     }
 

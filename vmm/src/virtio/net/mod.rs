@@ -196,9 +196,7 @@ impl Handler for NetHandler {
     fn start(&mut self, poll: &Poll) -> Result<(), Fault> {
         self.receiver.queue.start(&self.memory, poll)?;
         self.transmitter.queue.start(&self.memory, poll)?;
-        self.link
-            .start(poll)
-            .map_err(|source| Fault::Io { action: "make a timer", source })?;
+        self.link.start(poll).map_err(|source| Fault::Io { action: "make a timer", source })?;
         self.show_link();
         Ok(())
     }
