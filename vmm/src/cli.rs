@@ -1,10 +1,18 @@
 //! The command line of `lab-vmm`: a configuration file, or flags that say the same by hand.
 
-use std::{fs::File, io::Read, os::fd::RawFd, path::PathBuf};
+use std::{
+    fs::File,
+    io::{self, Read},
+    os::fd::RawFd,
+    path::{Path, PathBuf},
+};
 
 use clap::Parser;
 
-use crate::config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig};
+use crate::{
+    config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig},
+    restart,
+};
 
 /// Largest configuration file, in bytes.
 const CONFIG_MAX: u64 = 1 << 20;
@@ -23,7 +31,7 @@ pub struct Cli {
     #[arg(long, default_value = "vm")]
     name: String,
     /// Kernel: ELF with a PVH entry point, or bzImage
-    #[arg(long, value_name = "FILE", required_unless_present = "config")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["config", "config_fd"])]
     kernel: Option<PathBuf>,
     /// Initial RAM file system; several are laid one after the other
     #[arg(long, value_name = "FILE")]
@@ -61,6 +69,9 @@ pub struct Cli {
     /// File that is locked while the machine exists
     #[arg(long, value_name = "FILE")]
     lock: Option<PathBuf>,
+    /// Of a process that follows itself after a reset: the descriptor of its configuration
+    #[arg(long, hide = true, conflicts_with = "config")]
+    config_fd: Option<RawFd>,
     /// Of a process that follows itself after a reset: the descriptor of its lock
     #[arg(long, hide = true)]
     pub lock_fd: Option<RawFd>,
@@ -93,9 +104,12 @@ pub enum Error {
 impl Cli {
     /// The machine that was asked for.
     pub fn machine(&self) -> Result<VmConfig, Error> {
-        match &self.config {
-            Some(path) => read(path),
-            None => Ok(VmConfig {
+        match (&self.config, self.config_fd) {
+            (Some(path), _) => read(path, File::open(path)),
+            (None, Some(fd)) => {
+                read("(of the machine that resets)".as_ref(), restart::inherit(fd).map(File::from))
+            }
+            (None, None) => Ok(VmConfig {
                 name: self.name.clone(),
                 kernel: self.kernel.clone().unwrap_or_default(),
                 initrd: self.initrd.clone(),
@@ -117,10 +131,9 @@ impl Cli {
     }
 }
 
-fn read(path: &std::path::Path) -> Result<VmConfig, Error> {
+fn read(path: &Path, file: io::Result<File>) -> Result<VmConfig, Error> {
     let mut text = String::new();
-    File::open(path)
-        .and_then(|file| file.take(CONFIG_MAX).read_to_string(&mut text))
+    file.and_then(|file| file.take(CONFIG_MAX).read_to_string(&mut text))
         .map_err(|source| Error::Read { path: path.into(), source })?;
     serde_json::from_str(&text).map_err(|source| Error::Parse { path: path.into(), source })
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmConfig {
-    /// Name for messages and for the process title.
+    /// Name for messages.
     pub name: String,
     /// An ELF kernel with a PVH note, or a bzImage (entered at its 64-bit entry point).
     pub kernel: PathBuf,

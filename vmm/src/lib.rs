@@ -24,6 +24,7 @@ pub mod notify;
 pub mod pci;
 pub mod platform;
 pub mod qcow2;
+pub mod restart;
 pub mod signals;
 pub mod socket;
 pub mod terminal;

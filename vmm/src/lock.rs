@@ -4,16 +4,15 @@ use std::{
     fs::{File, OpenOptions},
     io,
     os::{
-        fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, BorrowedFd, RawFd},
         unix::fs::{DirBuilderExt, MetadataExt},
     },
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{FlockOperation, flock},
-    io::{FdFlags, fcntl_setfd},
-};
+use rustix::fs::{FlockOperation, flock};
+
+use crate::restart;
 
 /// Why the lock is not ours.
 #[derive(Debug, thiserror::Error)]
@@ -57,24 +56,17 @@ impl Lock {
             Err(error) => Err(refused(error.into())),
         }
     }
+}
 
-    /// Let the lock survive `exec`; the descriptor to hand over.
-    pub fn keep_across_exec(&self) -> io::Result<RawFd> {
-        fcntl_setfd(&self.file, FdFlags::empty())?;
-        Ok(self.file.as_raw_fd())
+impl AsFd for Lock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 
 /// The descriptor that the process before us left open, if it really is that file.
 fn inherit(path: &Path, fd: RawFd) -> io::Result<File> {
-    // SAFETY: F_GETFD only looks at the number; a descriptor that is not open gives an error.
-    if fd <= libc::STDERR_FILENO || unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
-        return Err(io::Error::from_raw_os_error(libc::EBADF));
-    }
-    // SAFETY: open, as just seen, and owned by nobody: this runs once, before anything else opens files, with the
-    // number that our own former self has put on our command line.
-    let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    fcntl_setfd(&file, FdFlags::CLOEXEC)?;
+    let file = File::from(restart::inherit(fd)?);
     let (ours, named) = (file.metadata()?, std::fs::metadata(path)?);
     if (ours.dev(), ours.ino()) != (named.dev(), named.ino()) {
         return Err(io::Error::other("it is not the file that was locked before the reset"));
@@ -84,6 +76,8 @@ fn inherit(path: &Path, fd: RawFd) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+
     use super::*;
 
     #[test]
@@ -101,7 +95,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("lock");
         let lock = Lock::take(&path, None).unwrap();
-        let fd = lock.keep_across_exec().unwrap();
+        let fd = lock.as_fd().as_raw_fd();
         // What exec does to the old process: the descriptor stays, its owner is forgotten.
         std::mem::forget(lock);
         let heir = Lock::take(&path, Some(fd)).unwrap();

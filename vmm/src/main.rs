@@ -1,16 +1,13 @@
 //! The lab-vmm command: see `lab-vmm --help`.
 
 use std::{
-    ffi::OsString,
-    io::Write,
-    os::{fd::AsRawFd, unix::process::CommandExt},
-    process::{Command, ExitCode},
+    process::ExitCode,
     time::{Duration, Instant},
 };
 
 use clap::Parser;
-use lab_vmm::{cli::Cli, config::VmConfig, ending::End, lock::Lock, machine::Machine};
-use rustix::fs::{MemfdFlags, Mode, memfd_create};
+use lab_vmm::{cli::Cli, ending::End, lock::Lock, machine::Machine, restart};
+use rustix::fs::Mode;
 
 /// A reset so soon after the start is one that a broken guest repeats for ever.
 const QUICK: Duration = Duration::from_secs(2);
@@ -55,26 +52,6 @@ fn run(cli: &Cli, started: Instant) -> Result<(), Box<dyn std::error::Error>> {
         )
         .into());
     }
-    Err(start_anew(&config, lock.as_ref(), quick)?.into())
-}
-
-/// Replace this process by itself, with the same configuration and the same lock. Returns only what went wrong.
-fn start_anew(
-    config: &VmConfig,
-    lock: Option<&Lock>,
-    quick_resets: u32,
-) -> Result<std::io::Error, Box<dyn std::error::Error>> {
-    // The file that the configuration came from may be another one by now.
-    let mut file = std::fs::File::from(memfd_create("lab-vmm-config", MemfdFlags::empty())?);
-    file.write_all(&serde_json::to_vec(config)?)?;
-    let mut command = Command::new("/proc/self/exe");
-    if let Some(name) = std::env::args_os().next() {
-        command.arg0(name);
-    }
-    command.args([OsString::from("--config"), format!("/proc/self/fd/{}", file.as_raw_fd()).into()]);
-    command.args(["--quick-resets".into(), quick_resets.to_string()]);
-    if let Some(lock) = lock {
-        command.args(["--lock-fd".into(), lock.keep_across_exec()?.to_string()]);
-    }
-    Ok(command.exec())
+    let error = restart::start_anew(&config, lock.as_ref(), quick);
+    Err(format!("{name}: cannot start anew after the reset: {error}").into())
 }

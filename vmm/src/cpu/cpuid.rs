@@ -6,7 +6,10 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES
 use kvm_ioctls::{Cap, Kvm};
 
 /// What a CPU of this host can be, before it is told which CPU of the guest it is.
-pub struct Template(CpuId);
+pub struct Template {
+    cpuid: CpuId,
+    amd: bool,
+}
 
 impl Template {
     /// Ask KVM.
@@ -16,22 +19,23 @@ impl Template {
         for entry in cpuid.as_mut_slice() {
             common(entry, tsc_deadline);
         }
-        Ok(Self(cpuid))
+        let amd = cpuid.as_slice().iter().any(|entry| entry.function == 0 && is_amd(entry));
+        Ok(Self { cpuid, amd })
     }
 
     /// Bits of a physical address.
     pub fn physical_bits(&self) -> u32 {
-        self.0.as_slice().iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff)
+        self.cpuid.as_slice().iter().find(|e| e.function == 0x8000_0008).map_or(36, |e| e.eax & 0xff)
     }
 
     /// CPUID of CPU `index` of `count`.
     pub fn cpu(&self, index: u8, count: u8) -> Result<CpuId, kvm_ioctls::Error> {
-        let mut entries = Vec::with_capacity(self.0.as_slice().len());
-        for entry in self.0.as_slice() {
+        let mut entries = Vec::with_capacity(self.cpuid.as_slice().len());
+        for entry in self.cpuid.as_slice() {
             // These leaves are made whole below.
             if !matches!(entry.function, 0xb | 0x1f) {
                 let mut entry = *entry;
-                topology(&mut entry, index, count);
+                topology(&mut entry, self.amd, index, count);
                 entries.push(entry);
             }
         }
@@ -41,6 +45,12 @@ impl Template {
         }
         CpuId::from_entries(&entries).map_err(|_| kvm_ioctls::Error::new(libc::E2BIG))
     }
+}
+
+/// Whether leaf 0 names AMD or Hygon, which copies it.
+fn is_amd(leaf: &kvm_cpuid_entry2) -> bool {
+    let vendor = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+    matches!(vendor.as_flattened(), b"AuthenticAMD" | b"HygonGenuine")
 }
 
 /// Bits of an APIC id that count the cores of the package.
@@ -74,7 +84,7 @@ fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
 }
 
 /// Where the CPU stands in the machine.
-fn topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
+fn topology(entry: &mut kvm_cpuid_entry2, amd: bool, index: u8, count: u8) {
     let many = count > 1;
     match entry.function {
         1 => {
@@ -95,11 +105,9 @@ fn topology(entry: &mut kvm_cpuid_entry2, index: u8, count: u8) {
             let sharing = if level >= 3 { u32::from(count) - 1 } else { 0 };
             entry.eax = entry.eax & !(0xfff << 14) | sharing << 14;
         }
-        0x8000_0001 => {
-            // AMD: core multiprocessing, with legacy ids; topology extensions stay as KVM has them.
-            set(&mut entry.ecx, 1, many);
-        }
-        0x8000_0008 => entry.ecx = core_bits(count) << 12 | (u32::from(count) - 1),
+        // Core multiprocessing with legacy ids; topology extensions stay as KVM has them.
+        0x8000_0001 if amd => set(&mut entry.ecx, 1, many),
+        0x8000_0008 if amd => entry.ecx = core_bits(count) << 12 | (u32::from(count) - 1),
         // AMD: APIC id, core id with one thread each, node 0 of 1.
         0x8000_001e => {
             entry.eax = index.into();
@@ -143,16 +151,32 @@ mod tests {
     #[test]
     fn a_cpu_knows_its_place() {
         let mut one = entry(1);
-        topology(&mut one, 5, 6);
+        topology(&mut one, false, 5, 6);
         assert_eq!(one.ebx >> 24, 5);
         assert_eq!(one.ebx >> 16 & 0xff, 8, "room for 6 cores");
         assert_ne!(one.edx & 1 << 28, 0);
         let mut alone = entry(1);
-        topology(&mut alone, 0, 1);
+        topology(&mut alone, false, 0, 1);
         assert_eq!(alone.edx & 1 << 28, 0, "no HTT with one CPU");
         let levels = extended_topology(0xb, 5, 6);
         assert_eq!((levels[1].eax, levels[1].ebx, levels[1].edx), (3, 6, 5));
         assert_eq!(levels[2].ecx >> 8, 0, "the last level ends the list");
+    }
+
+    #[test]
+    fn amd_has_leaves_of_its_own() {
+        let words = |text: &[u8; 12]| {
+            let word = |at: usize| u32::from_le_bytes(text[at..at + 4].try_into().unwrap());
+            kvm_cpuid_entry2 { ebx: word(0), edx: word(4), ecx: word(8), ..Default::default() }
+        };
+        assert!(is_amd(&words(b"AuthenticAMD")) && is_amd(&words(b"HygonGenuine")));
+        assert!(!is_amd(&words(b"GenuineIntel")));
+        let mut size = entry(0x8000_0008);
+        topology(&mut size, true, 0, 6);
+        assert_eq!(size.ecx, 3 << 12 | 5);
+        let mut size = entry(0x8000_0008);
+        topology(&mut size, false, 0, 6);
+        assert_eq!(size.ecx, u32::MAX, "reserved on other CPUs");
     }
 
     #[test]

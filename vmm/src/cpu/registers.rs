@@ -17,9 +17,9 @@ const CR4_PAE: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 const RFLAGS_RESERVED: u64 = 1 << 1;
 
-/// Fast string operations.
+/// Fast string operations; no branch trace store, no precise event-based sampling (there is no PMU).
 const MSR_MISC_ENABLE: u32 = 0x1a0;
-const MISC_ENABLE_FAST_STRING: u64 = 1;
+const MISC_ENABLE: u64 = 1 | 1 << 11 | 1 << 12;
 /// Default memory type; without it a kernel believes that all its memory is uncached.
 const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
@@ -27,9 +27,7 @@ const MTRR_ENABLED_WRITE_BACK: u64 = 1 << 11 | 6;
 /// Set the MSRs that differ from what KVM starts a CPU with. All others are as KVM has them: what it does not know
 /// gives the guest a general protection fault.
 pub fn set_msrs(cpu: &VcpuFd) -> Result<(), Error> {
-    for (index, data) in
-        [(MSR_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)]
-    {
+    for (index, data) in [(MSR_MISC_ENABLE, MISC_ENABLE), (MSR_MTRR_DEF_TYPE, MTRR_ENABLED_WRITE_BACK)] {
         let msrs = Msrs::from_entries(&[kvm_msr_entry { index, data, ..Default::default() }])
             .map_err(|_| Error::Msr(index))?;
         if cpu.set_msrs(&msrs).map_err(Error::kvm("set a model-specific register"))? != 1 {

@@ -121,3 +121,85 @@ impl PciBus {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{host_bridge::HostBridge, *};
+
+    /// A function whose BAR lies wherever the guest has put it.
+    struct Movable(config_space::ConfigSpace);
+
+    impl Function for Movable {
+        fn read_config(&mut self, offset: u16, data: &mut [u8]) {
+            self.0.read(offset, data);
+        }
+        fn write_config(&mut self, offset: u16, data: &[u8]) {
+            self.0.write(offset, data);
+        }
+        fn bar_size(&self) -> u64 {
+            0x1000
+        }
+        fn bar(&self) -> Option<u64> {
+            self.0.bar()
+        }
+        fn read_bar(&mut self, offset: u64, data: &mut [u8]) {
+            assert!(offset + data.len() as u64 <= 0x1000, "an access outside of the BAR");
+            data.fill(offset as u8);
+        }
+        fn write_bar(&mut self, offset: u64, data: &[u8]) {
+            assert!(offset + data.len() as u64 <= 0x1000, "an access outside of the BAR");
+        }
+        fn stop(&mut self) {}
+    }
+
+    fn bus() -> PciBus {
+        let mut space = config_space::ConfigSpace::new(1, 2, 3, 4);
+        space.set_bar(0x1000, 0xc000_0000);
+        PciBus::new(vec![Box::new(HostBridge::new()), Box::new(Movable(space))])
+    }
+
+    #[test]
+    fn a_bar_answers_where_it_is_decoded() {
+        let bus = bus();
+        let mut data = [0; 4];
+        assert!(!bus.read(0xc000_0010, &mut data), "not decoded yet");
+        bus.write(ECAM + 0x8004, &[2, 0]);
+        assert!(bus.read(0xc000_0010, &mut data));
+        assert_eq!(data, [0x10; 4]);
+        bus.write(ECAM + 0x8010, &0xd000_0000u32.to_le_bytes());
+        assert!(!bus.read(0xc000_0010, &mut data) && bus.read(0xd000_0ffc, &mut data));
+        assert!(!bus.read(0xd000_0ffe, &mut data), "half outside");
+        assert!(bus.read(ECAM + 0x1000, &mut data), "function 1 of device 0");
+        assert_eq!(data, [0xff; 4]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_breaks_the_bus(
+            accesses in prop::collection::vec(
+                (
+                    prop_oneof![
+                        ECAM..ECAM + 0x100,
+                        ECAM + 0x8000..ECAM + 0x8100,
+                        ECAM..ECAM + ECAM_SIZE + 8,
+                        0xc000_0000u64..0xc000_2000,
+                        u64::MAX - 0x2000..=u64::MAX,
+                    ],
+                    prop::collection::vec(prop_oneof![any::<u8>(), Just(0xff), Just(2)], 1..=8),
+                ),
+                1..200,
+            )
+        ) {
+            let bus = bus();
+            for (address, data) in accesses {
+                bus.write(address, &data);
+                bus.read(address, &mut data.clone());
+            }
+            let mut ids = [0; 4];
+            bus.read(ECAM, &mut ids);
+            prop_assert_eq!(ids, [0x36, 0x1b, 0x08, 0x00]);
+        }
+    }
+}

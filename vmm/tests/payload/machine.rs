@@ -163,11 +163,14 @@ fn a_reset_starts_anew_and_never_lets_go_of_the_lock() {
     bench.wait_for("boot boot ");
     // As long as it resets and resets, nobody else gets the lock.
     let seen = std::cell::Cell::new(0);
+    let descriptors = std::cell::Cell::new(0);
     wait(
         || {
             let boots = bench.log().matches("boot ").count();
             let taken = Lock::take(&bench.path("lock"), None).is_ok();
             seen.set(boots);
+            let open = std::fs::read_dir(format!("/proc/{}/fd", running.pid())).map_or(0, Iterator::count);
+            descriptors.set(descriptors.get().max(open));
             assert!(
                 !taken || bench.log().matches("boot ").count() == 10,
                 "the lock was free after {boots} boots"
@@ -176,6 +179,7 @@ fn a_reset_starts_anew_and_never_lets_go_of_the_lock() {
         },
         || format!("{} boots", seen.get()),
     );
+    assert!(descriptors.get() < 40, "{} descriptors after a few resets: they pile up", descriptors.get());
     // It gives up on a guest that does nothing else.
     let output = running.end();
     assert!(!output.status.success());
