@@ -1,5 +1,5 @@
 //! What is wrong is told in a sentence, with a non-zero status, and nothing half-made is left.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::net::TcpListener;
 

@@ -1,5 +1,5 @@
 //! The flagship: labfiles/docker.toml, three nodes of Debian 13 with Docker running inside.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use lab_tests::{TestLab, free_port, http_get};
 

@@ -1,7 +1,7 @@
 //! Interrupted at random moments, the next `lab up` converges, and no file that a node had synced is lost.
 //!
 //! LAB_TEST_KILLS says how many kills (4 in scripts/test, 20 and more in scripts/soak), LAB_TEST_SEED repeats a run.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::{
     process::Stdio,

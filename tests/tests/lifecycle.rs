@@ -1,5 +1,5 @@
 //! A lab's life through the real command, on the tiny image: up, again, into nodes, halt, restart, destroy.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use lab_tests::{TestLab, free_port, http_get};
 
