@@ -4,6 +4,7 @@
 //! nothing of a device runs in a vCPU thread except reads and writes of its configuration space.
 
 pub mod block;
+mod capabilities;
 pub mod common_config;
 pub mod console;
 pub mod counters;

@@ -22,7 +22,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    Activation, Error, Interrupt, VirtioDevice,
+    Activation, Error, Interrupt, VirtioDevice, capabilities,
     common_config::{CommonConfig, Effect, status},
 };
 use crate::pci::{
@@ -50,22 +50,10 @@ const VENDOR: u16 = 0x1af4;
 const FIRST_DEVICE: u16 = 0x1040;
 /// Not a transitional device.
 const REVISION: u8 = 1;
-const CAPABILITY_VENDOR: u8 = 0x09;
 
 /// Bits of the ISR status (§4.1.4.5).
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
-
-/// Types of capability (§4.1.4).
-#[derive(Clone, Copy)]
-#[repr(u8)]
-enum Structure {
-    Common = 1,
-    Notify = 2,
-    Isr = 3,
-    Device = 4,
-    PciAccess = 5,
-}
 
 /// What CPU threads and the device's thread share.
 struct Shared {
@@ -151,12 +139,16 @@ impl VirtioPci {
         space.set_bar(BAR_SIZE, bar);
         let queues = device.queue_sizes().len();
         let count = vectors(&*device);
-        add_structure(&mut space, Structure::Common, COMMON, super::common_config::LENGTH as u64);
-        add_structure(&mut space, Structure::Isr, ISR, 1);
-        add_structure(&mut space, Structure::Device, DEVICE, REGION);
-        add_structure(&mut space, Structure::Notify, DOORBELLS, queues as u64 * DOORBELL_STRIDE);
-        let pci_access = add_structure(&mut space, Structure::PciAccess, 0, 0);
-        let msix_control = add_msix(&mut space, count) + 2;
+        let layout = capabilities::Bar {
+            common: (COMMON, super::common_config::LENGTH as u64),
+            isr: (ISR, 1),
+            device: (DEVICE, REGION),
+            doorbells: (DOORBELLS, queues as u64 * DOORBELL_STRIDE),
+            doorbell_stride: DOORBELL_STRIDE as u32,
+            msix_table: MSIX_TABLE as u32,
+            msix_pending: MSIX_PENDING as u32,
+        };
+        let offsets = capabilities::add(&mut space, &layout, count);
         Self {
             common: CommonConfig::new(device.features(), device.queue_sizes(), count),
             shared: Arc::new(Shared {
@@ -171,8 +163,8 @@ impl VirtioPci {
             memory,
             wires,
             space,
-            msix_control,
-            pci_access,
+            msix_control: offsets.msix_control,
+            pci_access: offsets.pci_access,
             doorbells: Vec::new(),
             doorbells_at: None,
             active: false,
@@ -307,41 +299,6 @@ fn class(id: u16) -> u32 {
         3 => 0x07_8000,
         _ => 0xff_0000,
     }
-}
-
-/// Append a `virtio_pci_cap`; its offset.
-fn add_structure(space: &mut ConfigSpace, structure: Structure, offset: u64, length: u64) -> u16 {
-    let mut body = Vec::with_capacity(18);
-    let extra = match structure {
-        // The multiplier of doorbells; the data of PCI accesses.
-        Structure::Notify | Structure::PciAccess => 4,
-        _ => 0,
-    };
-    body.extend([16 + extra, structure as u8, 0, 0, 0, 0]);
-    body.extend((offset as u32).to_le_bytes());
-    body.extend((length as u32).to_le_bytes());
-    let mut writable = Vec::new();
-    match structure {
-        Structure::Notify => body.extend((DOORBELL_STRIDE as u32).to_le_bytes()),
-        Structure::PciAccess => {
-            body.extend([0; 4]);
-            // BAR, offset, length, data.
-            writable = vec![0, 0, 0xff, 0, 0, 0];
-            writable.extend([0xff; 12]);
-        }
-        _ => {}
-    }
-    space.add_capability(CAPABILITY_VENDOR, &body, &writable)
-}
-
-/// Append the MSI-X capability; its offset.
-fn add_msix(space: &mut ConfigSpace, count: u16) -> u16 {
-    let mut body = Vec::with_capacity(10);
-    body.extend((count - 1).to_le_bytes());
-    body.extend((MSIX_TABLE as u32).to_le_bytes());
-    body.extend((MSIX_PENDING as u32).to_le_bytes());
-    let control = msix::CONTROL_ENABLE | msix::CONTROL_MASK;
-    space.add_capability(msix::CAPABILITY, &body, &control.to_le_bytes())
 }
 
 impl Function for VirtioPci {
