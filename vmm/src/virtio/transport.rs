@@ -28,7 +28,7 @@ use super::{
 use crate::pci::{
     Function,
     config_space::ConfigSpace,
-    msix::{self, Msix, NO_VECTOR},
+    msix::{Msix, NO_VECTOR},
     wires::Wires,
 };
 

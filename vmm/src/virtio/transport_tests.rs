@@ -9,7 +9,10 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::{super::common_config::*, *};
-use crate::pci::wires::{Message, Recorder};
+use crate::pci::{
+    msix,
+    wires::{Message, Recorder},
+};
 
 #[derive(Default)]
 struct Probe {
