@@ -10,7 +10,7 @@ use std::{
 use imago::{FormatAccess, StorageOpenOptions, file::File as ImageFile, qcow2::Qcow2, raw::Raw};
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Error, header, header::Header};
+use super::{Error, header, header::Header, repair::repair};
 use crate::config::DiskFormat;
 
 /// Longest chain that is opened; lab flattens chains long before.
@@ -35,6 +35,9 @@ fn open_layer(path: &Path, writable: bool, depth: usize) -> Result<Chain, Error>
     let file = open_file(path, writable)?;
     let header = Header::read(path, &file)?;
     header.check_length(path, &file)?;
+    if writable {
+        repair(path, &file, &header)?;
+    }
     let backing = match &header.backing {
         None => None,
         Some(_) if depth == MAX_DEPTH => {

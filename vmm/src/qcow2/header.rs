@@ -15,7 +15,7 @@ const MAGIC: u32 = 0x5146_49fb;
 /// Largest L1 table and refcount table in bytes, as in QEMU.
 const MAX_TABLE: u64 = 32 << 20;
 /// Host offset in an L1, L2 or refcount table entry.
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(super) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 /// An L2 entry whose cluster is compressed.
 const COMPRESSED: u64 = 1 << 62;
 /// An L2 entry whose cluster reads as zeroes, allocated or not.
@@ -38,7 +38,8 @@ pub(super) struct Header {
     l1_entries: u64,
     refcount_offset: u64,
     refcount_clusters: u64,
-    refcount_order: u32,
+    /// Width of a refcount is 2 to the power of this, in bits.
+    pub refcount_order: u32,
 }
 
 impl Header {
@@ -142,40 +143,82 @@ impl Header {
         if !inside(self.refcount_offset, refcount_bytes) {
             return Err(damaged("its refcount table lies outside the file, which was cut short"));
         }
-        let truncated = || damaged("part of it is missing at the end; the file was cut short");
-        if self.last_used(file, refcount_bytes).map_err(read_error)?.is_some_and(|last| last < length) {
+        if self.last_used(file).map_err(read_error)?.is_some_and(|last| last < length) {
             return Ok(());
         }
         // Refcounts may run ahead of the data if the writer was killed, so the mappings decide.
+        self.each_cluster(path, file, |_| Ok(()))
+    }
+
+    /// Hands out every cluster that the tables lead to, themselves included, by its offset in the file. All lie within
+    /// the file and begin where a cluster begins.
+    pub fn each_cluster(
+        &self,
+        path: &Path,
+        file: &File,
+        mut found: impl FnMut(u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let read_error = |source| Error::Io { path: path.to_owned(), action: "read it", source };
+        let damaged = |what: &str| Error::Damaged { path: path.to_owned(), what: what.to_owned() };
+        let length = file.metadata().map_err(read_error)?.len();
+        let size = self.cluster_size();
+        let check = |offset: u64, end: u64| {
+            if !offset.is_multiple_of(size) {
+                return Err(damaged("a table leads to a place where no cluster begins"));
+            }
+            if end > length {
+                return Err(damaged("part of it is missing at the end; the file was cut short"));
+            }
+            Ok(())
+        };
+        found(0)?;
+        for cluster in 0..(self.l1_entries * 8).div_ceil(size) {
+            found(self.l1_offset + cluster * size)?;
+        }
+        for cluster in 0..self.refcount_clusters {
+            found(self.refcount_offset + cluster * size)?;
+        }
+        for entry in entries(&self.refcount_table(file).map_err(read_error)?) {
+            if entry & OFFSET != 0 {
+                check(entry & OFFSET, (entry & OFFSET) + size)?;
+                found(entry & OFFSET)?;
+            }
+        }
         let l1 = read_up_to(file, self.l1_offset, self.l1_entries * 8).map_err(read_error)?;
-        for entry in entries(&l1) {
-            let table = entry & OFFSET;
-            if table == 0 {
-                continue;
-            }
-            if !inside(table, self.cluster_size()) {
-                return Err(truncated());
-            }
-            let l2 = read_up_to(file, table, self.cluster_size()).map_err(read_error)?;
+        for table in entries(&l1).map(|entry| entry & OFFSET).filter(|table| *table != 0) {
+            check(table, table + size)?;
+            found(table)?;
+            let l2 = read_up_to(file, table, size).map_err(read_error)?;
             for entry in entries(&l2) {
-                let offset = if entry & COMPRESSED != 0 {
-                    entry & ((1 << (62 - (self.cluster_bits - 8))) - 1)
-                } else if entry & ZERO != 0 {
-                    0
-                } else {
-                    entry & OFFSET
-                };
-                if offset >= length {
-                    return Err(truncated());
+                if entry & COMPRESSED != 0 {
+                    let bits = 62 - (self.cluster_bits - 8);
+                    let offset = entry & ((1 << bits) - 1);
+                    // The number of further sectors of 512 bytes.
+                    let sectors = (entry & (COMPRESSED - 1)) >> bits;
+                    let end = (offset & !511) + (sectors + 1) * 512;
+                    check(0, offset + 1)?;
+                    for cluster in offset / size..end.div_ceil(size) {
+                        found(cluster * size)?;
+                    }
+                } else if entry & OFFSET != 0 {
+                    let offset = entry & OFFSET;
+                    // The end of the file may be within the last cluster, and before it if it reads as zeroes.
+                    check(offset, if entry & ZERO != 0 { 0 } else { offset + 1 })?;
+                    found(offset)?;
                 }
             }
         }
         Ok(())
     }
 
+    /// The refcount table as it is in the file.
+    pub fn refcount_table(&self, file: &File) -> io::Result<Vec<u8>> {
+        read_up_to(file, self.refcount_offset, self.refcount_clusters << self.cluster_bits)
+    }
+
     /// Offset of the last cluster that is in use by its refcount; nothing if the refcounts make no sense.
-    fn last_used(&self, file: &File, table_bytes: u64) -> io::Result<Option<u64>> {
-        let table = read_up_to(file, self.refcount_offset, table_bytes)?;
+    fn last_used(&self, file: &File) -> io::Result<Option<u64>> {
+        let table = self.refcount_table(file)?;
         let clusters_of_block = (self.cluster_size() * 8) >> self.refcount_order;
         for (index, entry) in (0u64..).zip(entries(&table)).collect::<Vec<_>>().into_iter().rev() {
             let offset = entry & OFFSET;
@@ -244,12 +287,12 @@ fn u64_at(bytes: &[u8], offset: usize) -> Option<u64> {
 }
 
 /// The big-endian numbers of a table.
-fn entries(table: &[u8]) -> impl Iterator<Item = u64> {
+pub(super) fn entries(table: &[u8]) -> impl Iterator<Item = u64> {
     table.chunks_exact(8).filter_map(|bytes| Some(u64::from_be_bytes(bytes.try_into().ok()?)))
 }
 
 /// Up to `length` bytes at `offset`; fewer if the file ends before.
-fn read_up_to(file: &File, offset: u64, length: u64) -> io::Result<Vec<u8>> {
+pub(super) fn read_up_to(file: &File, offset: u64, length: u64) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
     let mut done = 0;
     while let Some(rest) = bytes.get_mut(done..).filter(|rest| !rest.is_empty()) {

@@ -5,6 +5,7 @@
 
 mod chain;
 mod header;
+mod repair;
 #[cfg(test)]
 mod tests;
 

@@ -160,7 +160,93 @@ fn a_chain_that_bites_its_tail_or_has_no_format_is_refused() {
     assert!(error.to_string().contains("does not say of which format"), "{error}");
 }
 
+/// What `qemu-img check` finds that is worse than space lost.
+fn corruptions(path: &Path) -> u64 {
+    let output = Command::new("qemu-img").args(["check", "--output=json", text(path)]).output().unwrap();
+    let checked: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    checked.get("corruptions").map_or(0, |count| count.as_u64().unwrap())
+}
+
+/// A tiny disk of small clusters, so that tables are many: 512-byte clusters map 32 KiB by an L2 table.
+fn small_clusters(path: &Path, refcount_bits: u32) {
+    let options = format!("cluster_size=512,refcount_bits={refcount_bits}");
+    qemu("qemu-img", &["create", "-q", "-f", "qcow2", "-o", &options, text(path), "4M"]);
+}
+
+#[test]
+fn tables_that_count_as_free_are_counted_again() {
+    let folder = tempfile::tempdir().unwrap();
+    for refcount_bits in [1, 2, 4, 8, 16, 32, 64] {
+        let path = folder.path().join(format!("{refcount_bits}.qcow2"));
+        small_clusters(&path, refcount_bits);
+        let chain = open(&path, true).unwrap();
+        for i in 0..40 {
+            chain.access.write(&vec![i; 700], 100_000 * u64::from(i)).unwrap();
+        }
+        // As a SIGKILL would leave it.
+        let killed = folder.path().join("killed.qcow2");
+        fs::copy(&path, &killed).unwrap();
+        assert!(corruptions(&killed) > 0, "with {refcount_bits} bits nothing is wrong: this tests nothing");
+        drop(open(&killed, true).unwrap());
+        assert_eq!(corruptions(&killed), 0, "with {refcount_bits} bits");
+    }
+}
+
+/// A quarter of the usual cases, for what works with files.
+fn fewer() -> ProptestConfig {
+    let usual = ProptestConfig::default();
+    ProptestConfig { cases: usual.cases.div_ceil(4), ..usual }
+}
+
 proptest! {
+    #![proptest_config(fewer())]
+
+    /// Writes and flushes, and a SIGKILL at some moment; then more writes. What was flushed stays what it was.
+    #[test]
+    fn what_was_flushed_survives_kills(
+        operations in prop::collection::vec((0u64..2000, 1usize..6, any::<u8>(), 0u8..8), 1..60),
+        kills in prop::collection::vec(0usize..60, 3),
+    ) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut path = folder.path().join("0.qcow2");
+        small_clusters(&path, 16);
+        let mut chain = open(&path, true).unwrap();
+        // For each sector: what may be read there after a kill, the flushed value first.
+        let mut sectors = vec![vec![0u8]; 2048];
+        for (step, (sector, count, value, then)) in operations.into_iter().enumerate() {
+            let sector = sector as usize;
+            if then == 0 {
+                chain.access.discard_to_zero(sector as u64 * 512, count as u64 * 512).unwrap();
+            } else {
+                chain.access.write(&vec![value; count * 512], sector as u64 * 512).unwrap();
+            }
+            for sector in &mut sectors[sector..sector + count] {
+                sector.push(if then == 0 { 0 } else { value });
+            }
+            if then == 1 {
+                chain.access.flush().unwrap();
+                for sector in &mut sectors {
+                    *sector = vec![*sector.last().unwrap()];
+                }
+            }
+            if kills.contains(&step) {
+                let killed = folder.path().join(format!("{}.qcow2", step + 1));
+                fs::copy(&path, &killed).unwrap();
+                chain = open(&killed, true).unwrap();
+                path = killed;
+                let mut data = vec![0; 512];
+                for (index, sector) in sectors.iter_mut().enumerate() {
+                    chain.access.read(&mut data, index as u64 * 512).unwrap();
+                    prop_assert!(data.iter().all(|byte| *byte == data[0]), "sector {index} is torn");
+                    prop_assert!(sector.contains(&data[0]), "sector {index}: {} is none of {sector:?}", data[0]);
+                    *sector = vec![data[0]];
+                }
+            }
+        }
+        drop(chain);
+        prop_assert_eq!(corruptions(&path), 0);
+    }
+
     /// Bytes changed anywhere in a small image: it opens or it does not, and reading it does not matter either.
     #[test]
     fn damaged_images_do_not_matter(changes in prop::collection::vec((0usize..400_000, any::<u8>()), 1..20), cut in 0usize..800_000) {
