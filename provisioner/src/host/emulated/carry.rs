@@ -32,12 +32,11 @@ use crate::{lock, paths::Paths};
 
 /// File that counts reports, below `LAB_HOME/host`; only touched from inside.
 pub const SEQUENCE: &str = "report.sequence";
-/// How long the last of a command's output may take.
-const OUTPUT_LIMIT: Duration = Duration::from_secs(10);
 /// How long an interrupted command may take to put things in order.
 const INTERRUPTED_LIMIT: Duration = Duration::from_secs(90);
 /// How long the machine may take for a question of ours.
 const QUESTION_LIMIT: Duration = Duration::from_secs(30);
+
 /// What a command wants of the machine.
 #[derive(Debug, Clone, Default)]
 pub struct Wants {
@@ -164,12 +163,28 @@ fn carry(
         std::thread::spawn(move || io::copy(&mut io::stdin(), &mut input));
     }
     let result = converse(files, &mut ssh, &mut line, &signals, limit);
-    // Its output has been passed on, or there is nobody to pass it on for.
-    let ended = crate::child::wait(&mut ssh, if result.is_ok() { OUTPUT_LIMIT } else { Duration::ZERO });
-    if !matches!(ended, Ok(Some(_))) {
-        ssh.kill().and_then(|()| ssh.wait()).map_err(io)?;
+    if result.is_ok() && limit.is_none() {
+        finish_output(&ssh, &signals)?;
     }
+    // It may have ended by itself.
+    ssh.kill().and_then(|()| ssh.wait()).map_err(io)?;
     result
+}
+
+/// Waits until the last of a command's output has been passed on, as slowly as it may be read, or until a signal.
+fn finish_output(ssh: &Child, signals: &[(i32, UnixStream)]) -> Result<(), Error> {
+    let io =
+        |errno: rustix::io::Errno| Error::Io { what: "cannot wait for ssh".into(), source: errno.into() };
+    let ended = pidfd_open(Pid::from_child(ssh), PidfdFlags::empty()).map_err(io)?;
+    let mut waits = vec![PollFd::new(&ended, PollFlags::IN)];
+    waits.extend(signals.iter().map(|(_, receiver)| PollFd::new(receiver, PollFlags::IN)));
+    loop {
+        match poll(&mut waits, None) {
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(io(errno)),
+        }
+    }
 }
 
 fn converse(
