@@ -211,6 +211,7 @@ impl Muxer {
             Greeting::Incomplete => return,
             Greeting::Bad => {
                 self.greeting.remove(&token);
+                self.acceptable = true;
                 return;
             }
             Greeting::Port(port) => port,
@@ -333,6 +334,8 @@ impl Muxer {
     }
 
     fn remove(&mut self, token: u64) {
+        // One that waits may find a place, or a descriptor, now.
+        self.acceptable = true;
         if let Some(connection) = self.connections.remove(&token) {
             let ports = (connection.host_port, connection.guest_port);
             if self.by_ports.get(&ports) == Some(&token) {
