@@ -113,3 +113,145 @@ impl Devices {
         self.links.iter().map(|joined| joined.load(Ordering::Relaxed)).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VsockConfig},
+        memory,
+        pci::wires::Recorder,
+    };
+
+    /// A machine with one device of each kind, its files in `folder`.
+    fn config(folder: &std::path::Path) -> VmConfig {
+        let disk = folder.join("disk");
+        std::fs::write(&disk, [0; 1 << 16]).unwrap();
+        VmConfig {
+            name: "t".into(),
+            kernel: Default::default(),
+            initrd: Vec::new(),
+            cmdline: String::new(),
+            cpus: 1,
+            memory_mib: 32,
+            disks: vec![DiskConfig { path: disk, format: DiskFormat::Raw, read_only: false }],
+            nets: vec![NetConfig {
+                socket: folder.join("net"),
+                port: "t".into(),
+                mac: "52:54:00:00:00:01".into(),
+            }],
+            vsock: Some(VsockConfig { cid: 3, socket: folder.join("vsock"), notify_port: None }),
+            console: ConsoleConfig::default(),
+            control: None,
+            lock: None,
+        }
+    }
+
+    fn bus(folder: &std::path::Path) -> (Devices, PciBus, OwnedFd) {
+        let config = config(folder);
+        let (input, keep) = rustix::pipe::pipe().unwrap();
+        let memory = memory::map(config.memory_mib).unwrap();
+        let wires = Arc::new(Recorder::default());
+        let (devices, bus) = Devices::new(&config, &memory, wires, input, Box::new(std::io::sink())).unwrap();
+        (devices, bus, keep)
+    }
+
+    const DEVICES: u64 = 5;
+
+    fn bar(slot: u64) -> u64 {
+        layout::PCI_WINDOW32 + slot * BAR_SIZE
+    }
+
+    /// Set up the device in `slot` as a driver does, with all its queues in memory that nothing was written to.
+    fn drive(bus: &PciBus, slot: u64) {
+        bus.write(layout::ECAM + (slot << 15) + 4, &[6, 0]);
+        let write = |register: u64, data: &[u8]| bus.write(bar(slot) + register, data);
+        write(0x14, &[3]);
+        write(0x08, &1u32.to_le_bytes());
+        write(0x0c, &1u32.to_le_bytes());
+        write(0x14, &[11]);
+        for queue in 0..3u16 {
+            write(0x16, &queue.to_le_bytes());
+            write(0x18, &8u16.to_le_bytes());
+            for (register, at) in [(0x20, 0x10_0000u64), (0x28, 0x11_0000), (0x30, 0x12_0000)] {
+                write(register, &(at + slot * 0x1000 + u64::from(queue) * 0x100).to_le_bytes());
+            }
+            write(0x1c, &[1, 0]);
+        }
+        write(0x14, &[15]);
+    }
+
+    fn status(bus: &PciBus, slot: u64) -> u8 {
+        let mut status = [0];
+        bus.read(bar(slot) + 0x14, &mut status);
+        status[0]
+    }
+
+    #[test]
+    fn every_device_can_be_driven_and_counted() {
+        let folder = tempfile::tempdir().unwrap();
+        let (devices, bus, _keep) = bus(folder.path());
+        for slot in 1..=DEVICES {
+            drive(&bus, slot);
+            assert_eq!(status(&bus, slot), 15, "device {slot}");
+        }
+        assert_eq!(
+            (devices.disks(), devices.nets(), devices.links()),
+            (vec![[0; 3]], vec![[0; 4]], vec![false])
+        );
+        bus.stop();
+    }
+
+    #[test]
+    fn a_full_bus_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = config(folder.path());
+        config.disks = vec![config.disks[0].clone(); SLOTS];
+        config.disks.iter_mut().for_each(|disk| disk.read_only = true);
+        let (input, _keep) = rustix::pipe::pipe().unwrap();
+        let memory = memory::map(32).unwrap();
+        let made =
+            Devices::new(&config, &memory, Arc::new(Recorder::default()), input, Box::new(std::io::sink()));
+        assert!(matches!(made, Err(Error::TooMany(_))));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn no_register_write_breaks_any_device(
+            writes in prop::collection::vec(
+                (
+                    1..=DEVICES,
+                    any::<bool>(),
+                    prop_oneof![4 => 0u64..0x40, 2 => 0x2000u64..0x2040, 1 => 0x3000u64..0x3010, 1 => 0..BAR_SIZE - 8],
+                    prop::collection::vec(prop_oneof![any::<u8>(), Just(0), Just(15)], 1..=8),
+                ),
+                1..120,
+            )
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let (_devices, bus, _keep) = bus(folder.path());
+            (1..=DEVICES).for_each(|slot| drive(&bus, slot));
+            for (slot, config, offset, data) in writes {
+                let at = if config { layout::ECAM + (slot << 15) + offset % 0x100 } else { bar(slot) + offset };
+                bus.write(at, &data);
+                bus.read(at, &mut data.clone());
+            }
+            for slot in 1..=DEVICES {
+                // BAR back in its place, device reset: it works as on the first day.
+                bus.write(layout::ECAM + (slot << 15) + 4, &[0, 0]);
+                bus.write(layout::ECAM + (slot << 15) + 0x10, &bar(slot).to_le_bytes());
+                bus.write(layout::ECAM + (slot << 15) + 4, &[2, 0]);
+                bus.write(bar(slot) + 0x14, &[0]);
+                prop_assert_eq!(status(&bus, slot), 0);
+                bus.write(bar(slot) + 8, &[0; 4]);
+                bus.write(bar(slot) + 0xc, &[0; 4]);
+                drive(&bus, slot);
+                prop_assert_eq!(status(&bus, slot), 15);
+            }
+            bus.stop();
+        }
+    }
+}

@@ -12,6 +12,12 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
+#[cfg(test)]
+use std::{
+    collections::btree_map::Entry,
+    os::fd::{AsRawFd, RawFd},
+};
+
 use crate::layout::IOAPIC_PINS;
 
 /// A message that is an interrupt: write `data` to `address`.
@@ -102,8 +108,9 @@ pub struct Recorder {
     pub routes: Mutex<BTreeMap<u32, Message>>,
     /// The line of each joined interrupt.
     pub lines: Mutex<BTreeMap<u32, EventFd>>,
-    /// The doorbell at each address.
-    pub doorbells: Mutex<BTreeMap<u64, EventFd>>,
+    /// The doorbell at each address, and the descriptor that it was added with: like KVM, one an address, which only
+    /// its owner removes.
+    pub doorbells: Mutex<BTreeMap<u64, (RawFd, EventFd)>>,
 }
 
 #[cfg(test)]
@@ -126,16 +133,22 @@ impl Wires for Recorder {
         Ok(())
     }
     fn add_doorbell(&self, doorbell: &EventFd, address: u64) -> io::Result<()> {
-        let known = self.doorbells.lock().unwrap().insert(address, doorbell.try_clone()?);
-        assert!(known.is_none(), "two doorbells at {address:#x}");
-        Ok(())
+        match self.doorbells.lock().unwrap().entry(address) {
+            Entry::Occupied(_) => Err(io::ErrorKind::AlreadyExists.into()),
+            Entry::Vacant(place) => {
+                place.insert((doorbell.as_raw_fd(), doorbell.try_clone()?));
+                Ok(())
+            }
+        }
     }
-    fn remove_doorbell(&self, _: &EventFd, address: u64) -> io::Result<()> {
-        self.doorbells
-            .lock()
-            .unwrap()
-            .remove(&address)
-            .map(drop)
-            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    fn remove_doorbell(&self, doorbell: &EventFd, address: u64) -> io::Result<()> {
+        let mut doorbells = self.doorbells.lock().unwrap();
+        match doorbells.get(&address) {
+            Some((owner, _)) if *owner == doorbell.as_raw_fd() => {
+                doorbells.remove(&address);
+                Ok(())
+            }
+            _ => Err(io::ErrorKind::NotFound.into()),
+        }
     }
 }

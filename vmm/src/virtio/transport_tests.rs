@@ -128,7 +128,7 @@ fn a_driver_gets_its_device() {
         // Doorbells of the enabled queues alone; both ways to ring.
         let at: Vec<_> = wires.doorbells.lock().unwrap().keys().copied().collect();
         assert_eq!(at, [BAR + 0x3000, BAR + 0x3008]);
-        wires.doorbells.lock().unwrap()[&(BAR + 0x3008)].write(1).unwrap();
+        wires.doorbells.lock().unwrap()[&(BAR + 0x3008)].1.write(1).unwrap();
         pci.write_bar(0x3008, &2u16.to_le_bytes());
         assert_eq!(given.queues[2].1.read().unwrap(), 2);
         pci.write_bar(0x3004, &1u16.to_le_bytes());
