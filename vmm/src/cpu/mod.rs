@@ -53,6 +53,8 @@ impl Error {
     }
 }
 
+/// Stack of a CPU's thread in bytes: less than a huge page, which the host might otherwise give each of them.
+const STACK: usize = 1 << 20;
 /// How long a CPU may take to leave KVM when told to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
@@ -114,9 +116,14 @@ impl Cpus {
                 }
                 IMMEDIATE_EXIT.set(ptr::null_mut());
             };
-            let spawned =
-                thread::Builder::new().name(format!("cpu{index}")).stack_size(256 << 10).spawn(body);
-            started.threads.push(spawned.map_err(Error::Thread)?);
+            let thread = thread::Builder::new().name(format!("cpu{index}")).stack_size(STACK);
+            match thread.spawn(body) {
+                Ok(thread) => started.threads.push(thread),
+                Err(error) => {
+                    started.stop()?;
+                    return Err(Error::Thread(error));
+                }
+            }
         }
         Ok(started)
     }
