@@ -145,7 +145,7 @@ fn a_signal_ends_all_cpus() {
         return;
     }
     let mut bench = Bench::new(&elf(&Code::default().say("up").halt()));
-    bench.config.cpus = 4;
+    bench.config.cpus = 32;
     let running = bench.start();
     bench.wait_for("up");
     assert!(Command::new("kill").arg(running.pid().to_string()).status().unwrap().success());
