@@ -15,7 +15,7 @@ const SUITE: &str = "trixie";
 const FIRST: [&str; 2] = ["virtio_net", "kvm_amd"];
 /// What can follow while they do: memory that goes back to the real machine, and what other hypervisors need that lab
 /// is measured against.
-const LATER: [&str; 4] = ["virtio_balloon", "tun", "vhost_vsock", "overlay"];
+const LATER: [&str; 3] = ["tun", "vhost_vsock", "overlay"];
 /// What a signed module ends with (scripts/sign-file.c in Linux), behind `struct module_signature`.
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
 /// Size of `struct module_signature` in bytes; its last four are the signature's length, big-endian.

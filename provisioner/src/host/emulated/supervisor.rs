@@ -268,7 +268,7 @@ fn start_qemu(files: &Files, config: &Config) -> io::Result<Child> {
         .arg("-netdev")
         .arg(format!("user,id=net,hostfwd=tcp:127.0.0.1:0-{}:22", init::ADDRESS))
         .args(["-device", "virtio-net-pci,netdev=net,romfile="])
-        .args(["-device", "virtio-rng-pci", "-device", "virtio-balloon-pci,free-page-reporting=on"])
+        .args(["-device", "virtio-rng-pci"])
         .args(["-serial", "stdio", "-qmp"])
         .arg(format!("unix:{},server=on,wait=off", comma(&files.qmp_socket())))
         .stdin(Stdio::null())
