@@ -227,8 +227,8 @@ fn later(modules: &[PathBuf]) {
     }
 }
 
-/// Keeps the memory for files of the real machine small: that machine has most of them in its own already, and gets
-/// back only what is free in here.
+/// Keeps the memory for files of the real machine small: that machine has most of them in its own already, and what
+/// has been used once in here stays taken from it until this one ends.
 fn bound_cache() -> ! {
     loop {
         let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();

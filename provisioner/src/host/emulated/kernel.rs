@@ -13,8 +13,7 @@ use crate::json_file;
 const SUITE: &str = "trixie";
 /// What commands need before they can run.
 const FIRST: [&str; 2] = ["virtio_net", "kvm_amd"];
-/// What can follow while they do: memory that goes back to the real machine, and what other hypervisors need that lab
-/// is measured against.
+/// What can follow while they do: what other hypervisors need that lab is measured against.
 const LATER: [&str; 3] = ["tun", "vhost_vsock", "overlay"];
 /// What a signed module ends with (scripts/sign-file.c in Linux), behind `struct module_signature`.
 const SIGNATURE_MARK: &[u8] = b"~Module signature appended~\n";
