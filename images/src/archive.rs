@@ -88,6 +88,10 @@ pub fn download(suite: &str, packages: &[&str], dest: &Path) -> Result<Vec<Deb>,
         fs::canonicalize(dest).map_err(|source| Error::Io { action: "open", path: dest.into(), source })?;
     let script = format!("set -- \"$1\" {}\n{DOWNLOAD}", packages.join(" "));
     let mut mmdebstrap = mmdebstrap(suite)?;
+    // Goes with `dest` if we are killed; a user namespace's root cannot enter there.
+    if rustix::process::geteuid().is_root() {
+        mmdebstrap.env("TMPDIR", &dest);
+    }
     mmdebstrap.args(["--variant=custom", "--format=null"]);
     mmdebstrap.arg(format!("--customize-hook={script}"));
     mmdebstrap.arg(format!("--customize-hook=sync-out /debs {}", quote(&dest.to_string_lossy())));
