@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{
     emulated::{
         machine::{self, meminfo},
-        tools,
+        tools, vmrun,
     },
     probe::{self, Probe, Verdict},
 };
@@ -189,11 +189,15 @@ fn emulation() -> Vec<Finding> {
         None => finding("QEMU", Grade::Problem, "qemu-system-x86_64 is not installed", install()),
         Some(path) => {
             let version = tools::qemu_version(&path).unwrap_or_else(|| "of an unknown version".into());
-            if tools::major(&version) >= tools::OLDEST_QEMU {
-                finding("QEMU", Grade::Ok, version, None)
-            } else {
+            if tools::major(&version) < tools::OLDEST_QEMU {
                 let found = format!("{version}, and {} or newer is needed", tools::OLDEST_QEMU);
                 finding("QEMU", Grade::Problem, found, install())
+            } else if vmrun::find(&path).is_none() {
+                let found = format!("{version}, a build whose fault in VMRUN lab cannot correct");
+                let next = "nodes may crash now and then: use the QEMU of Debian's packages";
+                finding("QEMU", Grade::Warning, found, Some(next.into()))
+            } else {
+                finding("QEMU", Grade::Ok, version, None)
             }
         }
     };
