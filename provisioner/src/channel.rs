@@ -163,12 +163,13 @@ impl Channel {
             .map_err(|source| Error::Tool { tool: "ssh", source })
     }
 
-    /// Waits until the node runs commands. `transport` is how its image is reached.
+    /// Waits until the node runs commands. `transport` is how its image is reached, `pause` the time between two tries.
     pub fn wait_ready(
         &self,
         transport: SshTransport,
         ip: Ipv4Addr,
         limit: Duration,
+        pause: Duration,
         seen: &mut dyn FnMut(&str),
     ) -> Result<(), Error> {
         let end = Instant::now() + limit;
@@ -191,10 +192,16 @@ impl Channel {
                 return Err(Error::Unreachable { node: self.node.clone(), reason });
             }
             // Nothing tells across both kinds of image when the next try is worth it.
-            std::thread::park_timeout(Duration::from_millis(150));
+            std::thread::park_timeout(pause);
         }
         let reason = format!("no answer within {} s; last seen: {last}", limit.as_secs());
         Err(Error::Unreachable { node: self.node.clone(), reason })
+    }
+
+    /// How long the node's machine has run since it was switched on or reset; `None` if it does not run.
+    pub fn uptime(&self) -> Option<Duration> {
+        let status = control::vmm_status(&self.paths.node_socket(&self.node, "ctl")).ok()?;
+        Some(Duration::from_millis(status.uptime_ms))
     }
 
     /// Whether systemd in the node has said that SSH is there.

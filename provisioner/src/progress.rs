@@ -78,6 +78,11 @@ impl Task {
         }
     }
 
+    /// Something about it that the user has to know.
+    pub fn warn(&self, line: &str) {
+        self.progress.warn(&format!("{}: {line}", self.subject));
+    }
+
     /// It ended well.
     pub fn done(self) {
         self.end("✓", "");

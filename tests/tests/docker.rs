@@ -17,14 +17,15 @@ fn three_nodes_with_docker() {
         let (status, said) = lab.shell(node, "docker info --format '{{.ServerVersion}}'", b"");
         assert_eq!(status, Some(0), "{said}");
         // An image made from what the node has, and a container of it that has run.
-        let (status, said) = lab.shell(node, "docker run --rm web cat /etc/hostname", b"");
+        let (status, said) = lab.shell(node, "docker run --rm lab/busybox echo hello", b"");
         assert_eq!(status, Some(0), "{said}");
     }
     // From the host, through the forwarded port, to a container.
     assert!(http_get(port, "/").contains("worker1"));
     // A container on the master, to a worker's container, by the worker's name.
-    let (status, said) = lab.shell("master", "docker run --rm web wget -q -O - http://worker1/", b"");
-    assert!(status == Some(0) && said.contains("worker1"), "{status:?} {said}");
+    let (status, said) =
+        lab.shell("master", "docker run --rm lab/busybox wget -q -T 60 -O - http://worker2/", b"");
+    assert!(status == Some(0) && said.contains("worker2"), "{status:?} {said}");
     lab.run(&["check"]);
     // Nothing is left to do.
     let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();

@@ -87,25 +87,27 @@ fn kill(lab: &TestLab, victim: Victim, wait: Duration) {
             }
         }
         Victim::Machine => {
-            on_host(lab, &format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32()))
+            on_host(&format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32()))
         }
-        Victim::Network => on_host(lab, "kill -9 $(lab_pid net/net.lock)"),
+        Victim::Network => on_host("kill -9 $(lab_pid net/net.lock)"),
         Victim::Host if emulated() => {
-            let pid = std::fs::read_to_string(home().join("host/qemu.pid")).unwrap();
-            assert!(std::process::Command::new("kill").args(["-9", pid.trim()]).status().unwrap().success());
+            // The process that stands for it; QEMU dies with it.
+            let state = std::fs::read_to_string(home().join("host/machine")).unwrap();
+            let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+            let pid = state["pid"].as_u64().unwrap().to_string();
+            assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
         }
         Victim::Host => on_host(
-            lab,
             "kill -9 $(lab_pid nodes/n1/vmm.lock) $(lab_pid nodes/n2/vmm.lock) $(lab_pid net/net.lock)",
         ),
     }
 }
 
 /// Runs a shell script on the machine where the lab's processes are; `lab_pid FILE` tells who holds a lock.
-fn on_host(_lab: &TestLab, script: &str) {
+fn on_host(script: &str) {
     // fuser is not everywhere; /proc/locks names holder and inode.
     let script = format!(
-        "lab_pid() {{ i=$(stat -c %i {}/labs/kills/$1); awk -v i=\":$i\" '$2 == \"FLOCK\" && index($6, i) {{ print $5 }}' /proc/locks | head -n 1; }}\n{script}",
+        "lab_pid() {{ i=$(stat -c %i {}/labs/kills/$1); awk -v i=\":$i\\$\" '$2 == \"FLOCK\" && $6 ~ i {{ print $5 }}' /proc/locks | head -n 1; }}\n{script}",
         home().display()
     );
     let mut command = if emulated() {

@@ -150,7 +150,8 @@ fn root(
     let log = |path: &PathBuf| File::create(path).map_err(io_error("write", path));
 
     let mut mmdebstrap = archive::mmdebstrap(&definition.suite)?;
-    mmdebstrap.args(["--format=tar", "--skip=output/dev,essential/unlink"]);
+    // The package lists stay: a node's `apt update` then fetches only what is newer than its image.
+    mmdebstrap.args(["--format=tar", "--skip=output/dev,essential/unlink,cleanup/apt/lists"]);
     mmdebstrap.arg(match definition.variant {
         Variant::Install => "--variant=minbase",
         Variant::Extract => "--variant=extract",

@@ -1,5 +1,7 @@
 //! A node that runs commands.
 
+use std::time::Duration;
+
 use super::{Action, Error};
 use crate::{
     json_file,
@@ -11,6 +13,8 @@ use crate::{
 
 /// How long a node may take from power on to its first command, with KVM.
 const LIMIT_S: u32 = 120;
+/// Time between two tries, with KVM.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Waits until a node runs commands.
 pub struct Ready {
@@ -37,7 +41,10 @@ impl Action for Ready {
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let (manifest, _) = lab.image_of(&self.node.name)?;
         let channel = lab.channel(&self.node.name);
-        channel.wait_ready(manifest.ssh, self.node.ip, lab.limit(LIMIT_S), &mut |seen| task.detail(seen))?;
+        // A slow host has better things to do than to ask.
+        let pause = PAUSE * lab.patience;
+        let mut seen = |seen: &str| task.detail(seen);
+        channel.wait_ready(manifest.ssh, self.node.ip, lab.limit(LIMIT_S), pause, &mut seen)?;
         Ok(json_file::write_bytes(&marker(lab, &self.node.name), b"")?)
     }
 }

@@ -1,10 +1,14 @@
 //! Scripts in nodes: the steps of stacks and the user's own.
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use sha2::{Digest, Sha256};
 
-use super::{Action, Error};
+use super::{Action, Error, ready::Ready};
 use crate::{
     json_file,
     lab::{Lab, applies},
@@ -17,6 +21,10 @@ use crate::{
 
 /// How long a step of the user's may take, with KVM.
 const USER_STEP_LIMIT_S: u32 = 1800;
+/// How often a step is run, if its node restarts under it: it asked for that, or its kernel crashed.
+const RUNS: u32 = 3;
+/// How far the clocks of two processes may be apart.
+const CLOCK: Duration = Duration::from_secs(2);
 
 /// Runs a script in a node once: again only if it, or what it is given, has changed.
 pub struct Script {
@@ -49,19 +57,9 @@ impl Script {
     fn records(&self, lab: &Lab) -> PathBuf {
         lab.dirs.node(&self.node.name).join("steps.json")
     }
-}
 
-impl Action for Script {
-    fn describe(&self) -> String {
-        self.name.clone()
-    }
-
-    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
-        let records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
-        Ok(records.get(&self.name) == Some(&self.digest()))
-    }
-
-    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+    /// Runs it, and waits until it is ready.
+    fn run_once(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let logs = lab.dirs.node(&self.node.name).join("steps");
         fs::create_dir_all(&logs).map_err(|source| Error::Io {
             action: "make the folder",
@@ -100,6 +98,35 @@ impl Action for Script {
                 let reason = format!("after it, `{condition}` did not come true within {seconds} s");
                 return Err(failed(reason, outcome.tail));
             }
+        }
+        Ok(())
+    }
+}
+
+impl Action for Script {
+    fn describe(&self) -> String {
+        self.name.clone()
+    }
+
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
+        let records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
+        Ok(records.get(&self.name) == Some(&self.digest()))
+    }
+
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        let mut runs = RUNS;
+        loop {
+            let (before, since) = (lab.channel(&self.node.name).uptime(), Instant::now());
+            let Err(error) = self.run_once(lab, task) else { break };
+            let expected = before.map(|before| before + since.elapsed());
+            let now = lab.channel(&self.node.name).uptime();
+            let restarted = now.zip(expected).is_some_and(|(now, expected)| now + CLOCK < expected);
+            runs -= 1;
+            if !restarted || runs == 0 {
+                return Err(error);
+            }
+            task.warn(&format!("the node restarted while {} ran: it is run again", self.name));
+            Ready { node: self.node.clone() }.run(lab, task)?;
         }
         // Nodes run in parallel, but the steps of one node one after the other: nobody else writes its records.
         let mut records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();

@@ -7,10 +7,16 @@ use crate::{
     cli::{Cli, Command, ForwardAction},
     host::{
         self, Choice,
-        emulated::carry::{self, Carried, Wants},
+        emulated::{
+            self,
+            carry::{self, Carried, Wants},
+        },
     },
     labfile,
 };
+
+/// How often `up` is carried into an emulated host, if the host is lost meanwhile.
+const UP_TRIES: u32 = 3;
 
 /// What a command needs of the host that labs run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,10 +76,21 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         let ip = context.existing()?.node(node)?.ip;
         wants.forwards = labfile::parse_forward(forward, ip).map_err(Error::Other)?;
     }
-    let command = std::env::current_exe()
+    let command: Vec<_> = std::env::current_exe()
         .map(|program| std::iter::once(program.into_os_string()).chain(std::env::args_os().skip(1)).collect())
         .map_err(|source| Error::Io { action: "find this program".into(), source })?;
-    let carried = carry::run(&context.paths, command, wants, &mut |line| context.progress.say(line));
+    // `up` goes on from wherever it was cut off, so it does: a machine that is only emulated does fall over.
+    let mut tries = if matches!(cli.command, Command::Up) { UP_TRIES } else { 1 };
+    let carried = loop {
+        let say = &mut |line: &str| context.progress.say(line);
+        match carry::run(&context.paths, command.clone(), wants.clone(), say) {
+            Err(emulated::Error::Lost(how)) if tries > 1 => {
+                tries -= 1;
+                say(&format!("the emulated host was lost{how}: going on in a new one"));
+            }
+            other => break other,
+        }
+    };
     match carried.map_err(host::Error::from)? {
         Carried::Ended(status) => Ok(Place::Ended(ExitCode::from(status))),
         Carried::Here(file) => Ok(Place::Here(Some(file))),
