@@ -138,7 +138,7 @@ pub enum Command {
         /// Only these nodes
         nodes: Vec<String>,
         /// Don't ask
-        #[arg(short, long)]
+        #[arg(short, long, overrides_with = "yes")]
         yes: bool,
     },
     /// List, add or remove forwarded ports

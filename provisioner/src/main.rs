@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use lab::{
-    cli::{Cli, Command},
+    cli::{Cli, Command, Output},
     commands::{self, Context, Error, carried::Place},
 };
 
@@ -13,10 +13,15 @@ fn main() -> ExitCode {
         return status;
     }
     let cli = Cli::parse();
+    let json = cli.global.output == Output::Json;
     match run(cli) {
         Ok(status) => status,
         Err(error) => {
             match &error {
+                Error::Labfile(diagnostics) if json => match serde_json::to_string_pretty(diagnostics) {
+                    Ok(text) => println!("{text}"),
+                    Err(error) => eprintln!("lab: {error}"),
+                },
                 // These have a form of their own, with the place first.
                 Error::Labfile(diagnostics) => eprintln!("{diagnostics}"),
                 _ => eprintln!("lab: {error}"),
@@ -28,6 +33,12 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Error> {
     let context = Context::new(&cli)?;
+    // Asked here, where the terminal is, whatever becomes of standard output.
+    if let Command::Destroy { nodes, yes: false } = &cli.command
+        && !commands::destroy::confirmed(&context, nodes)?
+    {
+        return Ok(ExitCode::FAILURE);
+    }
     let _stays_here = match commands::carried::carry(&context, &cli)? {
         Place::Ended(status) => return Ok(status),
         Place::Here(file) => file,
@@ -49,7 +60,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Check { name } => commands::check::run(context, name.as_deref()),
         Command::Halt { nodes, force } => commands::halt::halt(context, &nodes, force),
         Command::Restart { nodes, force } => commands::halt::restart(context, &nodes, force),
-        Command::Destroy { nodes, yes } => commands::destroy::run(context, &nodes, yes),
+        Command::Destroy { nodes, yes: _ } => commands::destroy::run(context, &nodes),
         Command::Forward { action } => commands::forward::run(context, action),
         Command::SshConfig => commands::ssh::config(context),
         Command::Image { action } => commands::image::run(context, action),

@@ -43,10 +43,11 @@ pub struct Script {
 }
 
 impl Script {
-    /// What it is recorded by: everything that its result depends on.
+    /// What it is recorded by: everything that its result depends on. A variable that its text does not name is no part
+    /// of that: a node more in the lab is no reason to install everything again on all others.
     fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for (key, value) in &self.environment {
+        for (key, value) in self.environment.iter().filter(|(key, _)| self.text.contains(key)) {
             hash.update(format!("{key}={value}\0"));
         }
         hash.update(&self.text);

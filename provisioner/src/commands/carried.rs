@@ -76,9 +76,12 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         let ip = context.existing()?.node(node)?.ip;
         wants.forwards = labfile::parse_forward(forward, ip).map_err(Error::Other)?;
     }
-    let command: Vec<_> = std::env::current_exe()
+    let mut command: Vec<_> = std::env::current_exe()
         .map(|program| std::iter::once(program.into_os_string()).chain(std::env::args_os().skip(1)).collect())
         .map_err(|source| Error::Io { action: "find this program".into(), source })?;
+    if matches!(cli.command, Command::Destroy { .. }) {
+        command.push("--yes".into()); // the user was asked here
+    }
     // `up` goes on from wherever it was cut off, so it does: a machine that is only emulated does fall over.
     let mut tries = if matches!(cli.command, Command::Up) { UP_TRIES } else { 1 };
     let carried = loop {

@@ -8,9 +8,18 @@ use std::{
 };
 
 use super::{Context, Error, halt};
+use crate::lab::Lab;
+
+/// Asks whether these nodes, or the lab, are to be removed, where there is somebody to ask and something to remove.
+pub fn confirmed(context: &Context, nodes: &[String]) -> Result<bool, Error> {
+    match context.existing() {
+        Ok(lab) if std::io::stdin().is_terminal() => ask(&what(&lab, nodes)),
+        _ => Ok(true),
+    }
+}
 
 /// Removes nodes with their disks; without names, the lab.
-pub fn run(context: &Context, nodes: &[String], yes: bool) -> Result<ExitCode, Error> {
+pub fn run(context: &Context, nodes: &[String]) -> Result<ExitCode, Error> {
     let lab = match context.existing() {
         Err(Error::Lab(crate::lab::Error::NotThere(name))) => {
             context.progress.say(&format!("the lab `{name}` is not there"));
@@ -18,10 +27,6 @@ pub fn run(context: &Context, nodes: &[String], yes: bool) -> Result<ExitCode, E
         }
         other => other?,
     };
-    let what = if nodes.is_empty() { format!("the lab `{}`", lab.topology.name) } else { nodes.join(", ") };
-    if !yes && std::io::stdin().is_terminal() && !confirmed(&what)? {
-        return Ok(ExitCode::FAILURE);
-    }
     let lock = lab.lock()?;
     halt::off(&lab, nodes, true)?;
     if nodes.is_empty() {
@@ -33,11 +38,15 @@ pub fn run(context: &Context, nodes: &[String], yes: bool) -> Result<ExitCode, E
         }
     }
     drop(lock);
-    context.progress.say(&format!("removed {what}"));
+    context.progress.say(&format!("removed {}", what(&lab, nodes)));
     Ok(ExitCode::SUCCESS)
 }
 
-fn confirmed(what: &str) -> Result<bool, Error> {
+fn what(lab: &Lab, nodes: &[String]) -> String {
+    if nodes.is_empty() { format!("the lab `{}`", lab.topology.name) } else { nodes.join(", ") }
+}
+
+fn ask(what: &str) -> Result<bool, Error> {
     let io = |source| Error::Io { action: "ask".into(), source };
     eprint!("remove {what} with all disks? [y/N] ");
     std::io::stderr().flush().map_err(io)?;

@@ -33,14 +33,16 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
                     return Err(Error::Other(format!("port {port} leads to {guest} already")));
                 }
             }
-            lab.added_forwards.extend(new);
+            let open = lab.forwards();
+            lab.added_forwards.extend(new.into_iter().filter(|forward| !open.contains(forward)));
         }
         ForwardAction::Rm { host_port } => {
             let before = lab.added_forwards.len();
             lab.added_forwards.retain(|forward| forward.host_port != host_port);
             if lab.added_forwards.len() == before {
-                let sentence =
-                    format!("no forward of port {host_port} was added; those of the labfile go with it");
+                let sentence = format!(
+                    "no forward of port {host_port} was added by `lab forward add`; those of the labfile are removed there"
+                );
                 return Err(Error::Other(sentence));
             }
         }

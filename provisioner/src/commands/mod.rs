@@ -124,10 +124,16 @@ impl Context {
         })
     }
 
-    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder.
+    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder. That which `-f` names may be gone by now.
     pub fn labfile(&self) -> Result<PathBuf, Error> {
         let absolute = |path: &Path| {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            let gone = || {
+                let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
+                Ok(folder.join(path.file_name().unwrap_or_default()))
+            };
             path.canonicalize()
+                .or_else(|_| gone())
                 .map_err(|source| Error::Io { action: format!("read {}", path.display()), source })
         };
         match &self.file {
@@ -150,16 +156,21 @@ impl Context {
     /// The lab as it was last brought up, whatever its labfile says by now.
     pub fn existing(&self) -> Result<Lab, Error> {
         let path = self.labfile()?;
-        for name in crate::state::labs(&self.paths) {
-            let state = LabState::read(&self.paths.lab(&name));
-            if let Ok(Some(state)) = state
-                && state.topology.labfile == path
-            {
-                return Ok(Lab::new(&self.paths, state.topology, self.progress.clone())?);
-            }
+        let states = crate::state::labs(&self.paths)
+            .into_iter()
+            .filter_map(|name| LabState::read(&self.paths.lab(&name)).ok().flatten());
+        let mut found: Vec<_> = states.filter(|state| state.topology.labfile == path).collect();
+        // A labfile whose lab was given another name has two.
+        let wanted = labfile::load(&path).map(|topology| topology.name);
+        if let Ok(wanted) = &wanted
+            && found.len() > 1
+        {
+            found.retain(|state| state.topology.name == *wanted);
         }
-        let name = labfile::load(&path)?.name;
-        Err(crate::lab::Error::NotThere(name).into())
+        match found.pop() {
+            Some(state) => Ok(Lab::new(&self.paths, state.topology, self.progress.clone())?),
+            None => Err(crate::lab::Error::NotThere(wanted?).into()),
+        }
     }
 
     /// Prints a result: as JSON, or as `text` makes it.

@@ -11,15 +11,22 @@ pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<Ex
     let _lock = lab.lock()?;
     let chosen = lab.nodes(nodes)?;
     let known: Vec<String> = actions::plan(&lab)?.items.iter().map(|item| item.action.describe()).collect();
-    let is_step = |name: &str, wanted: &str| name == wanted || name.split('/').nth(1) == Some(wanted);
+    let is_step = |name: &str, wanted: &str| {
+        name == wanted || name.split_once('/').is_some_and(|(_, step)| step == wanted)
+    };
     if let Some(step) = step
         && !known.iter().any(|name| name.contains('/') && is_step(name, step))
     {
-        let steps: Vec<&str> = known.iter().filter(|name| name.contains('/')).map(String::as_str).collect();
+        let mut steps: Vec<&str> =
+            known.iter().filter(|name| name.contains('/')).map(String::as_str).collect();
+        steps.sort_unstable();
+        steps.dedup(); // one a node
         return Err(Error::Other(format!("there is no step `{step}`: the steps are {}", steps.join(", "))));
     }
-    for node in chosen {
+    for node in &chosen {
         ssh::running(&lab, &node.name)?;
+    }
+    for node in chosen {
         let file = lab.dirs.node(&node.name).join("steps.json");
         let mut records: StepRecords = json_file::read(&file)?.unwrap_or_default();
         records.retain(|name, _| step.is_some_and(|step| !is_step(name, step)));
