@@ -15,6 +15,8 @@ use crate::{child, control, json_file, paths::LabPaths};
 
 /// Port of the SSH server in every node.
 const SSH_PORT: u16 = 22;
+/// How long a machine may take until it can be asked how it is, after a reset.
+const RESET_LIMIT: Duration = Duration::from_secs(60);
 /// How long an idle connection to a node is kept for the next command.
 const CONTROL_PERSIST_S: u32 = 600;
 
@@ -186,7 +188,7 @@ impl Channel {
                 Err(reason) => last = reason,
             }
             seen(&last);
-            if !crate::lock::is_held(&crate::state::vmm_lock(&self.paths.node(&self.node))) {
+            if !self.is_on() {
                 let log = self.paths.node(&self.node).join("vmm.log");
                 let reason = format!("its machine has ended; {} tells why", log.display());
                 return Err(Error::Unreachable { node: self.node.clone(), reason });
@@ -200,8 +202,21 @@ impl Channel {
 
     /// How long the node's machine has run since it was switched on or reset; `None` if it does not run.
     pub fn uptime(&self) -> Option<Duration> {
-        let status = control::vmm_status(&self.paths.node_socket(&self.node, "ctl")).ok()?;
-        Some(Duration::from_millis(status.uptime_ms))
+        let end = Instant::now() + RESET_LIMIT;
+        loop {
+            match control::vmm_status(&self.paths.node_socket(&self.node, "ctl")) {
+                Ok(status) => return Some(Duration::from_millis(status.uptime_ms)),
+                // Amid a reset, its monitor lives, but nobody listens for a moment.
+                Err(_) if self.is_on() && Instant::now() < end => {
+                    std::thread::park_timeout(Duration::from_millis(100));
+                }
+                Err(_) => return None,
+            }
+        }
+    }
+
+    fn is_on(&self) -> bool {
+        crate::lock::is_held(&crate::state::vmm_lock(&self.paths.node(&self.node)))
     }
 
     /// Whether systemd in the node has said that SSH is there.

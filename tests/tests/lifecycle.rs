@@ -156,3 +156,16 @@ fn a_guest_that_reboots_comes_back() {
         assert!(std::time::Instant::now() < end, "it has not come back: {status:?} {after}");
     }
 }
+
+#[test]
+fn a_step_may_reboot_its_node() {
+    let lab = TestLab::new(
+        "name = \"reboots\"\nimage = \"tiny\"\n[node.a]\nmemory = \"128MiB\"\ndisk = \"256MiB\"\n\
+         [[step]]\nname = \"reboot\"\nrun = \"\"\"\nif [ ! -e /rebooted ]; then\n    touch /rebooted\n    sync\n    reboot\n    \
+         sleep 600\nfi\necho after >> /rebooted\n\"\"\"\n",
+    );
+    let output = lab_tests::output(lab.command(&["up"]), b"");
+    let said = lab_tests::text(&output);
+    assert!(output.status.success() && said.contains("the node restarted"), "{said}");
+    assert_eq!(lab.shell("a", "cat /rebooted", b"").1, "after\n");
+}
