@@ -7,9 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab_vmm::config::{ConsoleConfig, DiskConfig, NetConfig, VmConfig, VsockConfig};
+use lab_vmm::config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig};
 
-use super::{Action, Error, disk, ready};
+use super::{Action, Error, cloud_init, disk, ready};
 use crate::{
     channel, child, control, json_file, lab,
     lab::Lab,
@@ -45,7 +45,11 @@ impl Action for Boot {
             for (what, is, wanted) in [
                 ("cpus", u64::from(running.cpus), u64::from(self.node.cpus)),
                 ("memory in MiB", running.memory_mib, self.node.memory_mib),
-                ("disks", running.disks.len() as u64, 1 + self.node.extra_disks_bytes.len() as u64),
+                (
+                    "disks",
+                    running.disks.iter().filter(|disk| !disk.read_only).count() as u64,
+                    1 + self.node.extra_disks_bytes.len() as u64,
+                ),
             ] {
                 if is != wanted {
                     let name = &self.node.name;
@@ -119,6 +123,10 @@ impl Boot {
             format: disk::FORMAT,
             read_only: false,
         };
+        let mut disks: Vec<_> = (0..=self.node.extra_disks_bytes.len()).map(disk).collect();
+        if manifest.cloud_init {
+            disks.push(self.cloud_init(lab, &record.machine_id)?);
+        }
         Ok(VmConfig {
             name: name.clone(),
             kernel: image.join("kernel"),
@@ -126,7 +134,7 @@ impl Boot {
             cmdline: format!("{} systemd.machine_id={}", manifest.cmdline, record.machine_id),
             cpus: self.node.cpus,
             memory_mib: self.node.memory_mib,
-            disks: (0..=self.node.extra_disks_bytes.len()).map(disk).collect(),
+            disks,
             nets: vec![NetConfig {
                 socket: lab.dirs.net_socket(),
                 port: name.clone(),
@@ -145,6 +153,27 @@ impl Boot {
             control: Some(lab.dirs.node_socket(name, "ctl")),
             lock: Some(state::vmm_lock(&dir)),
         })
+    }
+
+    /// The disk for an imported image's cloud-init, behind all others.
+    fn cloud_init(&self, lab: &Lab, instance: &str) -> Result<DiskConfig, Error> {
+        let dir = lab.dirs.node(&self.node.name);
+        let host_key = dir.join("ssh_host_ed25519_key");
+        let io = |action: &'static str, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| Error::Io { action, path, source }
+        };
+        let path = dir.join(cloud_init::FILE);
+        let seed = cloud_init::Seed {
+            name: &self.node.name,
+            instance,
+            authorized_key: &channel::ensure_key(&lab.dirs.identity())?,
+            host_key: &fs::read_to_string(&host_key).map_err(io("read", &host_key))?,
+            host_key_public: &channel::ensure_key(&host_key)?,
+        };
+        let bytes = cloud_init::disk(&seed).map_err(io("make", &path))?;
+        json_file::write_bytes(&path, &bytes)?;
+        Ok(DiskConfig { path, format: DiskFormat::Raw, read_only: true })
     }
 
     /// The files that this node finds in its `/run`: name, keys, and where to report. They come with each boot, so

@@ -1,6 +1,7 @@
 //! Actions: what a plan is made of. Each does one thing, and nothing where that thing is so already.
 
 mod boot;
+mod cloud_init;
 mod disk;
 mod image;
 mod network;
