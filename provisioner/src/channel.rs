@@ -17,6 +17,8 @@ use crate::{child, control, json_file, paths::LabPaths};
 const SSH_PORT: u16 = 22;
 /// How long a machine may take until it can be asked how it is, after a reset.
 const RESET_LIMIT: Duration = Duration::from_secs(60);
+/// How far the clocks of two processes may be apart.
+const CLOCK: Duration = Duration::from_secs(2);
 /// How long an idle connection to a node is kept for the next command.
 const CONTROL_PERSIST_S: u32 = 600;
 
@@ -81,6 +83,12 @@ pub fn ensure_key(path: &Path) -> Result<String, Error> {
         source,
     })?;
     Ok(line.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+}
+
+/// Whether an `ssh` ended because its connection did, as far as that can be told: with a status that a command may have,
+/// too.
+pub fn lost(outcome: &child::Outcome) -> bool {
+    outcome.status.is_some_and(|status| status.code() == Some(255))
 }
 
 /// The way into one node.
@@ -213,6 +221,22 @@ impl Channel {
                 Err(_) => return None,
             }
         }
+    }
+
+    /// Waits until the node's machine has been reset, if it had run for `before` at `since`; false if it was not, or is
+    /// off.
+    pub fn restarts(&self, before: Option<Duration>, since: Instant, limit: Duration) -> bool {
+        let end = Instant::now() + limit;
+        while let (Some(before), Some(now)) = (before, self.uptime()) {
+            if now + CLOCK < before + since.elapsed() {
+                return true;
+            }
+            if Instant::now() >= end {
+                break;
+            }
+            std::thread::park_timeout(Duration::from_millis(200));
+        }
+        false
     }
 
     fn is_on(&self) -> bool {

@@ -80,6 +80,8 @@ pub enum Error {
         tail: String,
         /// All of its output.
         log: PathBuf,
+        /// Whether its node may have gone down under it: the connection to it was lost.
+        lost: bool,
     },
 }
 

@@ -10,6 +10,8 @@ use sha2::{Digest, Sha256};
 
 use super::{Action, Error, ready::Ready};
 use crate::{
+    channel,
+    child::Outcome,
     json_file,
     lab::{Lab, applies},
     labfile::topology::{Node, Stack},
@@ -23,8 +25,8 @@ use crate::{
 const USER_STEP_LIMIT_S: u32 = 1800;
 /// How often a step is run, if its node restarts under it: it asked for that, or its kernel crashed.
 const RUNS: u32 = 3;
-/// How far the clocks of two processes may be apart.
-const CLOCK: Duration = Duration::from_secs(2);
+/// How long a node whose connections are closed may take until it is down, with KVM.
+const DOWN_LIMIT_S: u32 = 15;
 
 /// Runs a script in a node once: again only if it, or what it is given, has changed.
 pub struct Script {
@@ -72,12 +74,18 @@ impl Script {
         let limit = lab.limit(self.limit_s);
         let outcome = channel
             .script(&self.text, &self.environment, Some(&log), limit, &mut |line| task.detail(line))?;
-        let failed = |reason: String, tail: Vec<String>| {
-            let tail = tail.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n");
-            Error::Step { step: self.name.clone(), reason, tail, log: log.clone() }
+        let failed = |reason: String, outcome: &Outcome| {
+            let tail = outcome.tail.iter().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n");
+            Error::Step {
+                step: self.name.clone(),
+                reason,
+                tail,
+                log: log.clone(),
+                lost: channel::lost(outcome),
+            }
         };
         if !outcome.success() {
-            return Err(failed(outcome.describe(limit), outcome.tail));
+            return Err(failed(outcome.describe(limit), &outcome));
         }
         if let Some((condition, limit_s)) = &self.ready {
             task.detail("waiting until it is ready");
@@ -97,7 +105,7 @@ impl Script {
             )?;
             if !outcome.success() {
                 let reason = format!("after it, `{condition}` did not come true within {seconds} s");
-                return Err(failed(reason, outcome.tail));
+                return Err(failed(reason, &outcome));
             }
         }
         Ok(())
@@ -115,15 +123,14 @@ impl Action for Script {
     }
 
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        let channel = lab.channel(&self.node.name);
         let mut runs = RUNS;
         loop {
-            let (before, since) = (lab.channel(&self.node.name).uptime(), Instant::now());
+            let (before, since) = (channel.uptime(), Instant::now());
             let Err(error) = self.run_once(lab, task) else { break };
-            let expected = before.map(|before| before + since.elapsed());
-            let now = lab.channel(&self.node.name).uptime();
-            let restarted = now.zip(expected).is_some_and(|(now, expected)| now + CLOCK < expected);
             runs -= 1;
-            if !restarted || runs == 0 {
+            let lost = matches!(error, Error::Step { lost: true, .. });
+            if runs == 0 || !lost || !channel.restarts(before, since, lab.limit(DOWN_LIMIT_S)) {
                 return Err(error);
             }
             task.warn(&format!("the node restarted while {} ran: it is run again", self.name));
