@@ -169,3 +169,22 @@ fn a_step_may_reboot_its_node() {
     assert!(output.status.success() && said.contains("the node restarted"), "{said}");
     assert_eq!(lab.shell("a", "cat /rebooted", b"").1, "after\n");
 }
+
+#[test]
+fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
+    let lab = TestLab::new(
+        "name = \"debian\"\nimage = \"debian-13\"\n[node.a]\nmemory = \"512MiB\"\ndisk = \"3GiB\"\n",
+    );
+    lab.run(&["up"]);
+    let (status, said) =
+        lab.shell("a", ". /etc/os-release; echo $ID; systemctl is-active ssh.socket; hostname", b"");
+    assert_eq!((status, said.as_str()), (Some(0), "debian\nactive\na\n"));
+    // Its file system has grown to its disk, or is about to.
+    let grown = "systemctl start lab-growfs && df --output=size -BM / | tail -n 1 | tr -dc 0-9";
+    let (status, said) = lab.shell("a", grown, b"");
+    assert!(status == Some(0) && said.parse::<u32>().unwrap() > 2500, "{status:?} {said}");
+    // DNS and TCP to the outside.
+    let fetch =
+        "curl -s -m 60 -o /dev/null -w '%{http_code}' http://deb.debian.org/debian/dists/trixie/Release";
+    assert_eq!(lab.shell("a", fetch, b""), (Some(0), "200".into()));
+}
