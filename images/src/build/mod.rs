@@ -150,12 +150,12 @@ fn root(
     let log = |path: &PathBuf| File::create(path).map_err(io_error("write", path));
 
     let mut mmdebstrap = archive::mmdebstrap(&definition.suite)?;
-    // The package lists stay: a node's `apt update` then fetches only what is newer than its image.
-    mmdebstrap.args(["--format=tar", "--skip=output/dev,essential/unlink,cleanup/apt/lists"]);
-    mmdebstrap.arg(match definition.variant {
-        Variant::Install => "--variant=minbase",
-        Variant::Extract => "--variant=extract",
-    });
+    mmdebstrap.args(["--format=tar", "--skip=output/dev,essential/unlink"]);
+    match definition.variant {
+        // The package lists stay: a node's `apt update` then fetches only what is newer than its image.
+        Variant::Install => mmdebstrap.args(["--variant=minbase", "--skip=cleanup/apt/lists"]),
+        Variant::Extract => mmdebstrap.arg("--variant=extract"),
+    };
     mmdebstrap.arg(format!("--include={}", definition.packages.join(",")));
     mmdebstrap.args(definition.exclude.iter().map(|pattern| format!("--dpkgopt=path-exclude={pattern}")));
     mmdebstrap.args(definition.keep.iter().map(|pattern| format!("--dpkgopt=path-include={pattern}")));
