@@ -124,16 +124,18 @@ impl Context {
         })
     }
 
-    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder. That which `-f` names may be gone by now.
+    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder. That which `-f` names may be
+    /// gone by now, with its folder.
     pub fn labfile(&self) -> Result<PathBuf, Error> {
         let absolute = |path: &Path| {
             let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-            let gone = || {
+            let gone = || -> std::io::Result<PathBuf> {
                 let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
                 Ok(folder.join(path.file_name().unwrap_or_default()))
             };
             path.canonicalize()
                 .or_else(|_| gone())
+                .or_else(|_| std::path::absolute(path))
                 .map_err(|source| Error::Io { action: format!("read {}", path.display()), source })
         };
         match &self.file {
