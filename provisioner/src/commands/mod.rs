@@ -124,17 +124,10 @@ impl Context {
         })
     }
 
-    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder. That which `-f` names may be
-    /// gone by now, with its folder.
+    /// Path of the labfile: `-f`, or `lab.toml` here or in a parent folder. What `-f` names may be gone by now.
     pub fn labfile(&self) -> Result<PathBuf, Error> {
         let absolute = |path: &Path| {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-            let gone = || -> std::io::Result<PathBuf> {
-                let folder = folder.unwrap_or(Path::new(".")).canonicalize()?;
-                Ok(folder.join(path.file_name().unwrap_or_default()))
-            };
             path.canonicalize()
-                .or_else(|_| gone())
                 .or_else(|_| std::path::absolute(path))
                 .map_err(|source| Error::Io { action: format!("read {}", path.display()), source })
         };
@@ -163,15 +156,15 @@ impl Context {
             .filter_map(|name| LabState::read(&self.paths.lab(&name)).ok().flatten());
         let mut found: Vec<_> = states.filter(|state| state.topology.labfile == path).collect();
         // A labfile whose lab was given another name has two.
-        let wanted = labfile::load(&path).map(|topology| topology.name);
-        if let Ok(wanted) = &wanted
-            && found.len() > 1
+        let wanted = || labfile::load(&path).map(|topology| topology.name);
+        if found.len() > 1
+            && let Ok(wanted) = wanted()
         {
-            found.retain(|state| state.topology.name == *wanted);
+            found.retain(|state| state.topology.name == wanted);
         }
         match found.pop() {
             Some(state) => Ok(Lab::new(&self.paths, state.topology, self.progress.clone())?),
-            None => Err(crate::lab::Error::NotThere(wanted?).into()),
+            None => Err(crate::lab::Error::NotThere(wanted()?).into()),
         }
     }
 
