@@ -10,8 +10,9 @@ use serde::Serialize;
 
 use super::{
     emulated::{
+        corrections,
         machine::{self, meminfo},
-        tools, vmrun,
+        tools,
     },
     probe::{self, Probe, Verdict},
 };
@@ -192,8 +193,8 @@ fn emulation() -> Vec<Finding> {
             if tools::major(&version) < tools::OLDEST_QEMU {
                 let found = format!("{version}, and {} or newer is needed", tools::OLDEST_QEMU);
                 finding("QEMU", Grade::Problem, found, install())
-            } else if vmrun::find(&path).is_none() {
-                let found = format!("{version}, a build whose fault in VMRUN lab cannot correct");
+            } else if corrections::find(&path).len() < corrections::FAULTS {
+                let found = format!("{version}, a build whose faults in VMRUN lab cannot correct");
                 let next = "nodes may crash now and then: use the QEMU of Debian's packages";
                 finding("QEMU", Grade::Warning, found, Some(next.into()))
             } else {

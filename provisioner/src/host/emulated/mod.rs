@@ -7,12 +7,13 @@
 //! - `init`, `netlink`, `orders`: its first process; `console`: what it says
 //! - `carry`: commands that are carried into it, from outside; `carried`: the same from inside; `request`, `ssh` and
 //!   `line` are what goes between the two
-//! - `vmrun`: a fault of QEMU's that would crash nodes
+//! - `corrections`: two faults of QEMU's that would crash nodes
 //! - `forwards`, `qmp`: ports of the real machine that lead into it
 
 pub mod carried;
 pub mod carry;
 mod console;
+pub mod corrections;
 pub mod files;
 pub mod forwards;
 pub mod init;
@@ -27,7 +28,6 @@ mod request;
 mod ssh;
 pub mod supervisor;
 pub mod tools;
-pub mod vmrun;
 
 use std::{io, net::Ipv4Addr, path::PathBuf};
 

@@ -19,7 +19,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{State, console::Console, files::Files, forwards, init, kernel, qmp::Qmp, vmrun};
+use super::{State, console::Console, corrections, files::Files, forwards, init, kernel, qmp::Qmp};
 use crate::{json_file, lock, paths::Paths};
 
 /// How long the machine may take until commands can come in.
@@ -163,7 +163,7 @@ fn run_until_end(
         for line in console.read() {
             if line == init::READY && !ready {
                 // No guest has run in it yet.
-                correct_vmrun(config, qemu.id());
+                correct(config, qemu.id());
                 write_state(files, config, machine)?;
                 ready = true;
                 tell_ready().map_err(failed("cannot let go of standard output"))?;
@@ -182,14 +182,16 @@ fn run_until_end(
     }
 }
 
-/// Without this, labs run until QEMU's fault is met: no reason not to start. `lab doctor` tells, too.
-fn correct_vmrun(config: &Config, qemu: u32) {
-    let corrected = match vmrun::find(&config.qemu) {
-        Some(store) => vmrun::correct(qemu, &config.qemu, &store),
-        None => Err(io::Error::other("this build of QEMU is not known")),
+/// Without this, labs run until one of QEMU's faults is met: no reason not to start. `lab doctor` tells, too.
+fn correct(config: &Config, qemu: u32) {
+    let found = corrections::find(&config.qemu);
+    let known = found.len() == corrections::FAULTS;
+    let corrected = match corrections::apply(qemu, &config.qemu, &found) {
+        Ok(()) if !known => Err(io::Error::other("this build is not known")),
+        corrected => corrected,
     };
     if let Err(error) = corrected {
-        eprintln!("lab: nodes may crash now and then: QEMU's fault in VMRUN cannot be corrected: {error}");
+        eprintln!("lab: nodes may crash now and then: QEMU's faults cannot be corrected: {error}");
     }
 }
 

@@ -1,14 +1,22 @@
-//! A fault of QEMU's emulation of SVM, corrected in the running process: without this, the nodes of an emulated host, and
-//! the host itself, crash every half an hour or so.
+//! Two faults of QEMU's emulation of SVM, corrected in the running process: without this, the nodes of an emulated host, and
+//! the host itself, crash every few minutes of work. Both are in 10.0.2, 10.0.13 and 11.1.2.
 //!
-//! When a hypervisor enters its guest with an interrupt to deliver (AMD's manual, volume 2, §15.20, EVENTINJ), QEMU's
-//! `helper_vmrun` delivers it at once, and also leaves its number in `exception_index`, which means "still to be
-//! delivered". Nobody looks at that unless the emulated CPU is asked to leave its loop before the guest's next exit: then
-//! the interrupt is delivered a second time, whether the guest has interrupts enabled or not. In the first instructions
-//! of an interrupt handler, that is the end of its kernel. Seen in 10.0.2, 10.0.13 and 11.1.2.
+//! **An interrupt delivered twice.** When a hypervisor enters its guest with an interrupt to deliver (AMD's manual, volume 2,
+//! §15.20, EVENTINJ), QEMU's `helper_vmrun` delivers it at once, and also leaves its number in `exception_index`, which means
+//! "still to be delivered". Nobody looks at that unless the emulated CPU is asked to leave its loop before the guest's next
+//! exit: then the interrupt is delivered a second time, whether the guest has interrupts enabled or not. In the first
+//! instructions of an interrupt handler, that is the end of its kernel. The store is one instruction, and nothing needs it on
+//! this path: it is made to do nothing.
 //!
-//! The store is one instruction, and nothing needs it on this path. It is looked for in the program file, between the
-//! symbols that QEMU exports for its plugins, and made to do nothing in the memory of our own child.
+//! **A flag of the first CPU lost.** Whenever a CPU loads the state of its FPU without a pending exception, so at about every
+//! change of tasks, QEMU's `cpu_clear_ignne` clears a bit among the flags (`hflags2`) of the *first* CPU, by an unlocked
+//! read-modify-write in the thread of whichever CPU that is. What the first CPU's thread changes there at that moment is
+//! undone: that nested paging is on (its guest ends in a triple fault), or off (the host's registers are saved as its guest's,
+//! which is gone), or that interrupts are held off behind VMRUN (the host's kernel runs a handler with its guest's segments).
+//! The bit is only ever set by a write to port F0h, for DOS's way of FPU errors: the function is made to return at once.
+//!
+//! Both places are looked for in the program file, by the symbols that QEMU exports for its plugins, and changed in the memory
+//! of our own child.
 
 use std::{
     fs::{self, File},
@@ -32,35 +40,62 @@ const DELIVER: [u8; 9] = [0xba, 0x01, 0x00, 0x00, 0x00, 0x48, 0x89, 0xdf, 0xe8];
 /// Bytes between number and store, and between number and delivery, at most.
 const NEAR: usize = 80;
 
-/// The instruction.
+/// The code of the function that clears: `andl $0xffffff7f, hflags2(%rax)` has this for its operand.
+const CLEARED: [u8; 4] = [0x7f, 0xff, 0xff, 0xff];
+/// Bytes of that function, at most.
+const SMALL: usize = 128;
+/// `ret`.
+const RETURN: [u8; 1] = [0xc3];
+
+/// The number of faults that there are.
+pub const FAULTS: usize = 2;
+
+/// What is to be changed in the program for one of the faults.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Store {
+pub struct Correction {
     /// Its address less that of the program's first byte in memory.
     offset: u64,
     /// What is there.
-    bytes: [u8; STORE_LENGTH],
+    bytes: Vec<u8>,
+    /// What has to be there, of the same length.
+    instead: Vec<u8>,
 }
 
-/// Finds the instruction in a QEMU program file. None if there is no such place, or more than one: then QEMU was built
-/// in another way, or does not have the fault any more.
-pub fn find(program: &Path) -> Option<Store> {
-    let bytes = fs::read(program).ok()?;
-    let file = ElfBytes::<LittleEndian>::minimal_parse(&bytes).ok()?;
+/// Finds what is to be corrected in a QEMU program file: fewer than [`FAULTS`] if QEMU was built in another way, or does not
+/// have one of the faults any more.
+pub fn find(program: &Path) -> Vec<Correction> {
+    let Ok(bytes) = fs::read(program) else { return Vec::new() };
+    [delivered_twice(&bytes), flag_lost(&bytes)].into_iter().flatten().collect()
+}
+
+fn delivered_twice(program: &[u8]) -> Option<Correction> {
+    let (start, code) = function(program, "helper_vmrun")?;
+    let (delivery, _) = function(program, "do_interrupt_x86_hardirq")?;
+    let at = find_in(code, delivery.wrapping_sub(start))?;
+    let bytes = code.get(at..at + STORE_LENGTH)?.to_vec();
+    Some(Correction { offset: start + at as u64, bytes, instead: NOTHING.to_vec() })
+}
+
+fn flag_lost(program: &[u8]) -> Option<Correction> {
+    let (offset, code) = function(program, "cpu_clear_ignne")?;
+    only(code.get(..code.len().min(SMALL))?, |at| at.starts_with(&CLEARED))?;
+    Some(Correction { offset, bytes: code.get(..RETURN.len())?.to_vec(), instead: RETURN.to_vec() })
+}
+
+/// A function that the program exports: its address less that of the program's first byte in memory, and its code.
+fn function<'a>(program: &'a [u8], name: &str) -> Option<(u64, &'a [u8])> {
+    let file = ElfBytes::<LittleEndian>::minimal_parse(program).ok()?;
     let first = file.segments()?.iter().find(|segment| segment.p_type == PT_LOAD && segment.p_offset == 0)?;
     let (symbols, names) = file.dynamic_symbol_table().ok()??;
-    let symbol = |name| {
-        symbols.iter().find(|symbol| names.get(symbol.st_name as usize).is_ok_and(|found| found == name))
-    };
-    let (vmrun, delivery) = (symbol("helper_vmrun")?, symbol("do_interrupt_x86_hardirq")?);
+    let symbol =
+        symbols.iter().find(|symbol| names.get(symbol.st_name as usize).is_ok_and(|found| found == name))?;
     let segment = file.segments()?.iter().find(|segment| {
         segment.p_type == PT_LOAD
-            && (segment.p_vaddr..segment.p_vaddr.saturating_add(segment.p_filesz)).contains(&vmrun.st_value)
+            && (segment.p_vaddr..segment.p_vaddr.saturating_add(segment.p_filesz)).contains(&symbol.st_value)
     })?;
-    let start = usize::try_from(vmrun.st_value - segment.p_vaddr + segment.p_offset).ok()?;
-    let code = bytes.get(start..)?.get(..usize::try_from(vmrun.st_size).ok()?)?;
-    let at = find_in(code, delivery.st_value.wrapping_sub(vmrun.st_value))?;
-    let store = code.get(at..at + STORE_LENGTH)?.try_into().ok()?;
-    Some(Store { offset: vmrun.st_value.checked_sub(first.p_vaddr)? + at as u64, bytes: store })
+    let in_file = (symbol.st_value - segment.p_vaddr).checked_add(segment.p_offset)?;
+    let code = program.get(usize::try_from(in_file).ok()?..)?.get(..usize::try_from(symbol.st_size).ok()?)?;
+    Some((symbol.st_value.checked_sub(first.p_vaddr)?, code))
 }
 
 /// Where in the code of `helper_vmrun` the store is. `delivery` is the address of the function that delivers, less that
@@ -85,18 +120,20 @@ fn only(code: &[u8], found: impl Fn(&[u8]) -> bool) -> Option<usize> {
 }
 
 /// Corrects a running QEMU, a child of this process.
-pub fn correct(pid: u32, program: &Path, store: &Store) -> io::Result<()> {
+pub fn apply(pid: u32, program: &Path, corrections: &[Correction]) -> io::Result<()> {
     let program = program.canonicalize()?;
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let base = base(&maps, &program).ok_or(io::ErrorKind::NotFound)?;
     let memory = File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?;
-    let address = base + store.offset;
-    let mut bytes = [0; STORE_LENGTH];
-    memory.read_exact_at(&mut bytes, address)?;
-    if bytes != store.bytes {
-        return Err(io::Error::other("the program in memory is not that of the file"));
+    for Correction { offset, bytes, instead } in corrections {
+        let mut found = vec![0; bytes.len()];
+        memory.read_exact_at(&mut found, base + offset)?;
+        if found != *bytes {
+            return Err(io::Error::other("the program in memory is not that of the file"));
+        }
+        memory.write_all_at(instead, base + offset)?;
     }
-    memory.write_all_at(&NOTHING, address)
+    Ok(())
 }
 
 /// Where the first byte of a program is in memory (proc_pid_maps(5)).
@@ -165,7 +202,8 @@ mod tests {
             eprintln!("SKIPPED: a_running_qemu_is_corrected: qemu-system-x86_64 is not installed");
             return;
         };
-        let store = find(&qemu).expect("scripts/install-dependencies installs a QEMU that is known");
+        let corrections = find(&qemu);
+        assert_eq!(corrections.len(), FAULTS, "scripts/install-dependencies installs a QEMU that is known");
         let mut child = std::process::Command::new(&qemu)
             .args(["-M", "none", "-nodefaults", "-display", "none", "-S", "-qmp", "stdio"])
             .stdin(std::process::Stdio::piped())
@@ -176,8 +214,8 @@ mod tests {
         let mut greeting = String::new();
         let mut output = io::BufReader::new(child.stdout.take().unwrap());
         io::BufRead::read_line(&mut output, &mut greeting).unwrap();
-        let corrected = correct(child.id(), &qemu, &store);
-        let again = correct(child.id(), &qemu, &store);
+        let corrected = apply(child.id(), &qemu, &corrections);
+        let again = apply(child.id(), &qemu, &corrections);
         child.kill().unwrap();
         child.wait().unwrap();
         corrected.unwrap();
