@@ -127,8 +127,17 @@ pub(crate) fn mmdebstrap(suite: &str) -> Result<Command, Error> {
     if !Path::new(KEYRING).exists() {
         return Err(Error::NoKeyring);
     }
-    let mut command = Command::new("mmdebstrap");
-    command.arg(if rustix::process::geteuid().is_root() { "--mode=root" } else { "--mode=unshare" });
+    let mut command = if rustix::process::geteuid().is_root() {
+        // It mounts /proc and /sys below its folder: among mounts of its own, so that none is left when it is killed.
+        command::is_installed("mmdebstrap")?;
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "mmdebstrap", "--mode=root"]);
+        command
+    } else {
+        let mut command = Command::new("mmdebstrap");
+        command.arg("--mode=unshare");
+        command
+    };
     if std::env::var_os("TMPDIR").is_none() {
         command.env("TMPDIR", "/var/tmp");
     }

@@ -43,6 +43,15 @@ pub(crate) fn run(command: &mut Command) -> Result<Vec<u8>, Error> {
     check(command.get_program(), output)
 }
 
+/// Whether a program that another one is to start is there.
+pub(crate) fn is_installed(program: &str) -> Result<(), Error> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+        return Ok(());
+    }
+    Err(start_error(OsStr::new(program), io::ErrorKind::NotFound.into()))
+}
+
 /// The error for a program that could not be started.
 pub(crate) fn start_error(program: &OsStr, source: io::Error) -> Error {
     let program = program.to_string_lossy().into_owned();

@@ -16,6 +16,8 @@ use std::{
 pub struct TestLab {
     dir: tempfile::TempDir,
     file: PathBuf,
+    /// LAB_HOME, where it is not that of the test.
+    home: Option<PathBuf>,
 }
 
 impl TestLab {
@@ -25,7 +27,14 @@ impl TestLab {
         let dir = tempfile::tempdir_in("/var/tmp").unwrap();
         let file = dir.path().join("lab.toml");
         std::fs::write(&file, text).unwrap();
-        Self { dir, file }
+        Self { dir, file, home: None }
+    }
+
+    /// The same, in another LAB_HOME.
+    pub fn at_home(text: &str, home: &Path) -> Self {
+        let mut lab = Self::new(text);
+        lab.home = Some(home.into());
+        lab
     }
 
     /// A lab from a labfile of the repository, under a name of its own and with another port for `forward`.
@@ -48,6 +57,7 @@ impl TestLab {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program());
         command.arg("-f").arg(&self.file).args(arguments).current_dir(self.dir.path());
+        command.envs(self.home.as_ref().map(|home| ("LAB_HOME", home)));
         command
     }
 
@@ -71,6 +81,16 @@ impl TestLab {
     /// Runs a shell command in a node, with `input`; returns status and standard output.
     pub fn shell(&self, node: &str, script: &str, input: &[u8]) -> (Option<i32>, String) {
         let output = output(self.command(&["exec", node, "sh", "-c", script]), input);
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Types `input` into `lab ssh` on a terminal of this size; returns status and what was on the screen.
+    pub fn terminal(&self, node: &str, (rows, columns): (u16, u16), input: &str) -> (Option<i32>, String) {
+        let (lab, file) = (program(), self.file.display());
+        let inside = format!("stty rows {rows} cols {columns}; exec {} -f {file} ssh {node}", lab.display());
+        let mut command = Command::new("script");
+        command.args(["-qec", &inside, "/dev/null"]).current_dir(self.dir.path());
+        let output = output(command, input.as_bytes());
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -132,6 +152,34 @@ pub fn text(output: &Output) -> String {
 /// A port of this machine that nobody listens on.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// Where lab's processes listen on this machine, as in /proc/net/tcp: address and port in hexadecimal.
+pub fn listeners() -> Vec<String> {
+    const OURS: [&str; 6] = ["lab", "lab-net", "lab-vmm", "qemu-system-x86", "virtiofsd", "dropbear"];
+    let mut ours = Vec::new();
+    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+        let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+        if OURS.contains(&name.trim())
+            && let Ok(files) = std::fs::read_dir(process.path().join("fd"))
+        {
+            let links = files.flatten().filter_map(|file| std::fs::read_link(file.path()).ok());
+            ours.extend(links.map(|link| link.display().to_string()));
+        }
+    }
+    let tables = ["tcp", "tcp6", "udp", "udp6"].map(|table| (table, format!("/proc/net/{table}")));
+    let mut found = Vec::new();
+    for (table, path) in tables {
+        for line in std::fs::read_to_string(path).unwrap_or_default().lines().skip(1) {
+            let words: Vec<_> = line.split_ascii_whitespace().collect();
+            // 0A is LISTEN; a UDP socket that is bound and joined to nobody takes from everybody.
+            let open = if table.starts_with("tcp") { words[3] == "0A" } else { words[3] == "07" };
+            if open && ours.contains(&format!("socket:[{}]", words[9])) {
+                found.push(words[1].to_owned());
+            }
+        }
+    }
+    found
 }
 
 /// Fetches a page over HTTP/1.0; waits up to a minute for somebody to answer.

@@ -86,6 +86,17 @@ fn a_lab_s_life() {
     let expected = lab_tests::output(std::process::Command::new("sha256sum"), &blob);
     assert_eq!(sum.trim(), String::from_utf8_lossy(&expected.stdout)[..64].to_string());
 
+    // `ssh` is a terminal, with the size of this one.
+    let (status, screen) = lab.terminal("worker1", (37, 101), "stty size; tty; exit 9\n");
+    assert!(
+        status == Some(9) && screen.contains("37 101") && screen.contains("/dev/pts/"),
+        "{status:?} {screen}"
+    );
+
+    // Nobody listens for others than this machine's own.
+    let listeners = lab_tests::listeners();
+    assert!(!listeners.is_empty() && listeners.iter().all(|at| at.starts_with("0100007F:")), "{listeners:?}");
+
     // Files and folders go in and come out.
     std::fs::create_dir(lab.dir().join("in")).unwrap();
     std::fs::write(lab.dir().join("in/blob"), &blob).unwrap();
