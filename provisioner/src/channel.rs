@@ -108,7 +108,11 @@ impl Channel {
     /// OpenSSH options, as `KEY VALUE` pairs, that lead into the node. `shared`: connections are kept for the next
     /// command.
     pub fn options(&self, program: &Path, shared: bool) -> Vec<(&'static str, String)> {
-        let proxy = format!("{} proxy {} {}", quote(&program.to_string_lossy()), self.lab, self.node);
+        let mut proxy = format!("{} proxy {} {}", quote(&program.to_string_lossy()), self.lab, self.node);
+        if let Some(home) = std::env::var_os("LAB_HOME") {
+            // For whoever reads a file of these options later, somewhere else.
+            proxy = format!("env {} {proxy}", quote(&format!("LAB_HOME={}", home.to_string_lossy())));
+        }
         let mut options = vec![
             ("User", "root".into()),
             ("HostKeyAlias", self.node.clone()),

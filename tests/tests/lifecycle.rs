@@ -93,6 +93,13 @@ fn a_lab_s_life() {
         "{status:?} {screen}"
     );
 
+    // OpenSSH by itself finds its way with `ssh-config`.
+    std::fs::write(lab.dir().join("config"), lab.run(&["ssh-config"])).unwrap();
+    let mut ssh = std::process::Command::new("ssh");
+    ssh.arg("-F").arg(lab.dir().join("config")).args(["worker1", "hostname"]).env_remove("LAB_HOME");
+    let output = lab_tests::output(ssh, b"");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "worker1\n", "{}", lab_tests::text(&output));
+
     // Nobody listens for others than this machine's own.
     let listeners = lab_tests::listeners();
     assert!(!listeners.is_empty() && listeners.iter().all(|at| at.starts_with("0100007F:")), "{listeners:?}");
