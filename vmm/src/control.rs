@@ -25,6 +25,10 @@ pub enum Action {
     Stats,
     /// Press the power button; the guest decides what follows.
     PowerButton,
+    /// Have the guest stand still, all its CPUs and devices, until [`Action::Resume`].
+    Pause,
+    /// Let it go on; done already if it is not paused.
+    Resume,
     /// End the machine at once, as pulling the plug does; disks are closed properly.
     Kill,
 }
@@ -50,6 +54,8 @@ pub struct Status {
     pub name: String,
     /// Process id of the `lab-vmm`.
     pub pid: u32,
+    /// Whether it is paused.
+    pub paused: bool,
     /// Virtual CPUs.
     pub cpus: u8,
     /// Guest memory in MiB.

@@ -102,6 +102,7 @@ pub struct Machine {
     hub: Hub,
     control: Option<ControlSocket>,
     notify: Option<Notify>,
+    paused: bool,
     /// Kept until the CPUs have stopped and the machine is gone.
     _vm: Arc<VmFd>,
     _memory: GuestMemoryMmap,
@@ -146,6 +147,7 @@ impl Machine {
             hub,
             control,
             notify,
+            paused: false,
             _vm: vm,
             _memory: memory,
         })
@@ -160,7 +162,7 @@ impl Machine {
             started: self.started,
         };
         let cpus = Cpus::start(std::mem::take(&mut self.cpus), &around)?;
-        let waited = self.wait();
+        let waited = self.wait(&cpus);
         let stopped = cpus.stop();
         // After the CPUs, so that nothing rings any more: requests under way are completed and files closed.
         self.bus.pci.stop();
@@ -174,7 +176,7 @@ impl Machine {
     }
 
     /// The main loop: control socket, console, notifications and signals, until the machine ends.
-    fn wait(&mut self) -> Result<(), Error> {
+    fn wait(&mut self, cpus: &Cpus) -> Result<(), Error> {
         while !self.ending.is_decided() {
             // SAFETY: the event lives as long as `self.ending`, which is not touched while this is waited for.
             let ending = unsafe { BorrowedFd::borrow_raw(self.ending.event().as_raw_fd()) };
@@ -201,14 +203,14 @@ impl Machine {
                 notify.serve();
             }
             if let Some(mut control) = self.control.take() {
-                control.serve(|action| self.answer(action));
+                control.serve(|action| self.answer(action, cpus));
                 self.control = Some(control);
             }
         }
         Ok(())
     }
 
-    fn answer(&self, action: Action) -> Reply {
+    fn answer(&mut self, action: Action, cpus: &Cpus) -> Reply {
         match action {
             Action::Status => Reply::Status(self.status()),
             Action::Stats => Reply::Stats(Stats {
@@ -221,6 +223,14 @@ impl Machine {
                 Ok(()) => Reply::Done,
                 Err(error) => Reply::Error(format!("cannot press the power button: {error}")),
             },
+            Action::Pause => match self.pause(cpus) {
+                Ok(()) => Reply::Done,
+                Err(error) => Reply::Error(format!("cannot pause: {error}")),
+            },
+            Action::Resume => {
+                self.resume(cpus);
+                Reply::Done
+            }
             Action::Kill => {
                 self.ending.decide(End::Killed);
                 Reply::Done
@@ -228,10 +238,32 @@ impl Machine {
         }
     }
 
+    /// CPUs first: nothing rings a device that stands still.
+    fn pause(&mut self, cpus: &Cpus) -> Result<(), Error> {
+        if !self.paused {
+            if let Err(error) = cpus.pause() {
+                cpus.resume();
+                return Err(error.into());
+            }
+            self.bus.pci.pause();
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self, cpus: &Cpus) {
+        if self.paused {
+            self.bus.pci.resume();
+            cpus.resume();
+            self.paused = false;
+        }
+    }
+
     fn status(&self) -> Status {
         Status {
             name: self.config.name.clone(),
             pid: std::process::id(),
+            paused: self.paused,
             cpus: self.config.cpus,
             memory_mib: self.config.memory_mib,
             uptime_ms: self.started.elapsed().as_millis() as u64,

@@ -1,7 +1,8 @@
 //! Virtual CPUs: one thread each, which runs the guest and serves its exits. What a CPU is (`cpuid`) and where it
-//! starts (`registers`) are beside it.
+//! starts (`registers`) are beside it; `gate` holds the threads while the machine is paused.
 
 pub mod cpuid;
+mod gate;
 pub mod registers;
 
 use std::{
@@ -10,7 +11,7 @@ use std::{
     ptr,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering, fence},
+        atomic::{AtomicU64, Ordering, fence},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -20,6 +21,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::{bus::Bus, ending::Ending};
+use gate::{Gate, Pass};
 
 /// Why a CPU cannot be made or run.
 #[derive(Debug, thiserror::Error)]
@@ -41,7 +43,7 @@ pub enum Error {
     /// No thread.
     #[error("cannot start a CPU's thread: {0}")]
     Thread(std::io::Error),
-    /// A CPU did not stop.
+    /// A CPU did not stop or pause.
     #[error("CPU {0} did not stop within {1} s: it was last seen inside KVM")]
     Stuck(usize, u64),
 }
@@ -70,7 +72,7 @@ pub struct Counters {
 /// All running CPUs.
 pub struct Cpus {
     threads: Vec<JoinHandle<()>>,
-    stop: Arc<AtomicBool>,
+    gate: Arc<Gate>,
 }
 
 /// What the CPU threads share.
@@ -106,11 +108,11 @@ impl Cpus {
     /// Run the machine: every CPU in a thread of its own.
     pub fn start(cpus: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), kicked).map_err(|e| Error::Thread(e.into()))?;
-        let mut started = Self { threads: Vec::with_capacity(cpus.len()), stop: Arc::default() };
+        let mut started = Self { threads: Vec::with_capacity(cpus.len()), gate: Arc::default() };
         for (index, mut cpu) in cpus.into_iter().enumerate() {
-            let (around, stop) = (around.clone(), started.stop.clone());
+            let (around, gate) = (around.clone(), started.gate.clone());
             let body = move || {
-                let run = AssertUnwindSafe(|| run(index, &mut cpu, &around, &stop));
+                let run = AssertUnwindSafe(|| run(index, &mut cpu, &around, &gate));
                 if catch_unwind(run).is_err() {
                     around.ending.fail(format!("CPU {index}'s thread panicked: a bug in lab-vmm"));
                 }
@@ -128,13 +130,35 @@ impl Cpus {
         Ok(started)
     }
 
+    /// Have every CPU leave the guest and wait; all do when this returns. An error leaves the machine paused in part:
+    /// it can only be resumed or stopped.
+    pub fn pause(&self) -> Result<(), Error> {
+        self.gate.close();
+        self.until(|index, thread| self.gate.waits(index) || thread.is_finished())
+    }
+
+    /// Go on after a pause.
+    pub fn resume(&self) {
+        self.gate.open();
+    }
+
     /// Make every CPU leave the guest, and end its thread.
     pub fn stop(self) -> Result<(), Error> {
-        self.stop.store(true, Ordering::SeqCst);
+        self.gate.end();
+        self.until(|_, thread| thread.is_finished())?;
+        for thread in self.threads {
+            // It catches its panics.
+            let _ = thread.join();
+        }
+        Ok(())
+    }
+
+    /// Kick the CPUs, one after the other, until each is as it should be.
+    fn until(&self, done: impl Fn(usize, &JoinHandle<()>) -> bool) -> Result<(), Error> {
         let deadline = Instant::now() + STOP_LIMIT;
-        for (index, thread) in self.threads.into_iter().enumerate() {
+        for (index, thread) in self.threads.iter().enumerate() {
             let mut pause = Duration::from_micros(20);
-            while !thread.is_finished() {
+            while !done(index, thread) {
                 // The thread may have ended meanwhile: then there is nobody to kick.
                 let _ = thread.kill(SIGRTMIN());
                 if Instant::now() > deadline {
@@ -143,21 +167,27 @@ impl Cpus {
                 thread::park_timeout(pause);
                 pause = (pause * 2).min(Duration::from_millis(5));
             }
-            // It catches its panics.
-            let _ = thread.join();
         }
         Ok(())
     }
 }
 
 /// Run the guest until the machine ends.
-fn run(index: usize, cpu: &mut VcpuFd, around: &Surroundings, stop: &AtomicBool) {
+fn run(index: usize, cpu: &mut VcpuFd, around: &Surroundings, gate: &Gate) {
     IMMEDIATE_EXIT.set(&raw mut cpu.get_kvm_run().immediate_exit);
     let counters = &around.counters;
     if index == 0 {
         counters.first_run_us.store(around.started.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
-    while !stop.load(Ordering::SeqCst) && !around.ending.is_decided() {
+    while !around.ending.is_decided() {
+        match gate.pass(index) {
+            Pass::Through => {}
+            Pass::Waited => {
+                // So that the guest's watchdogs forgive the gap; a guest without KVM's clock has none to tell.
+                let _ = cpu.kvmclock_ctrl();
+            }
+            Pass::Ended => return,
+        }
         match cpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => around.bus.io_write(port, data),
             Ok(VcpuExit::IoIn(port, data)) => around.bus.io_read(port, data),

@@ -38,5 +38,7 @@ impl Function for HostBridge {
     }
     fn read_bar(&mut self, _: u64, _: &mut [u8]) {}
     fn write_bar(&mut self, _: u64, _: &[u8]) {}
+    fn pause(&mut self) {}
+    fn resume(&mut self) {}
     fn stop(&mut self) {}
 }

@@ -31,6 +31,10 @@ pub trait Function: Send {
     fn read_bar(&mut self, offset: u64, data: &mut [u8]);
     /// Write to its BAR.
     fn write_bar(&mut self, offset: u64, data: &[u8]);
+    /// Stand still: no CPU runs until `resume`.
+    fn pause(&mut self);
+    /// Go on.
+    fn resume(&mut self);
     /// The machine ends: stop working, put everything away.
     fn stop(&mut self);
 }
@@ -114,6 +118,16 @@ impl PciBus {
         }
     }
 
+    /// Have every device stand still.
+    pub fn pause(&self) {
+        self.slots.iter().for_each(|slot| slot.function().pause());
+    }
+
+    /// Have every device go on.
+    pub fn resume(&self) {
+        self.slots.iter().for_each(|slot| slot.function().resume());
+    }
+
     /// The machine ends: stop every device.
     pub fn stop(&self) {
         for slot in &self.slots {
@@ -151,6 +165,8 @@ mod tests {
         fn write_bar(&mut self, offset: u64, data: &[u8]) {
             assert!(offset + data.len() as u64 <= 0x1000, "an access outside of the BAR");
         }
+        fn pause(&mut self) {}
+        fn resume(&mut self) {}
         fn stop(&mut self) {}
     }
 

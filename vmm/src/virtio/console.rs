@@ -78,6 +78,16 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
+    fn pause(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.pause();
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    }
+
     fn reset(&mut self) {
         if let Some(worker) = self.worker.take() {
             self.ends = worker.stop().map(|handler| handler.ends);

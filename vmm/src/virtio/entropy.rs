@@ -58,6 +58,16 @@ impl VirtioDevice for Entropy {
         Ok(())
     }
 
+    fn pause(&mut self) {
+        if let Some(worker) = &mut self.worker {
+            worker.pause();
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    }
+
     fn reset(&mut self) {
         if let Some(worker) = self.worker.take() {
             worker.stop();

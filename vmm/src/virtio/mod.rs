@@ -82,6 +82,11 @@ pub trait VirtioDevice: Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Start working: spawn the device's thread. Called again after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), Error>;
+    /// Finish the request under way and stand still until [`Self::resume`]; no CPU runs meanwhile. Harmless if the
+    /// device was never activated or is paused already.
+    fn pause(&mut self);
+    /// Go on with what has come in since [`Self::pause`].
+    fn resume(&mut self) -> Result<(), Error>;
     /// Stop working and forget the driver: the thread has ended, with requests under way completed or dropped, when
     /// this returns. Must be quick (a vCPU waits) and harmless if the device was never activated. Also called at the
     /// machine's end: a disk has written and closed everything when it returns.

@@ -381,6 +381,17 @@ impl Function for VirtioPci {
         }
     }
 
+    fn pause(&mut self) {
+        self.guarded(|device| {
+            device.pause();
+            Ok(())
+        });
+    }
+
+    fn resume(&mut self) {
+        self.guarded(|device| device.resume());
+    }
+
     fn stop(&mut self) {
         self.reset();
         // Also of a device that never worked: it may have files open.

@@ -46,6 +46,12 @@ impl VirtioDevice for Idle {
         *self.0.given.lock().unwrap() = Some(activation);
         Ok(())
     }
+    fn pause(&mut self) {}
+
+    fn resume(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.0.resets.fetch_add(1, Ordering::SeqCst);
         self.0.given.lock().unwrap().take();

@@ -92,49 +92,107 @@ impl Poll {
     }
 }
 
-/// A running device thread, and the handler that it gives back.
+/// A device's handler, in its thread or at rest.
 pub(crate) struct Worker<H> {
+    name: String,
+    interrupt: Arc<dyn Interrupt>,
     stop: EventFd,
-    thread: JoinHandle<H>,
+    state: State<H>,
+}
+
+enum State<H> {
+    Working(JoinHandle<Resting<H>>),
+    Resting(Resting<H>),
+    /// The thread could not be started again.
+    Lost,
+}
+
+/// What a thread leaves behind.
+struct Resting<H> {
+    handler: H,
+    poll: Poll,
+    /// It gave up: it goes on only after the guest has reset the device.
+    faulted: bool,
 }
 
 impl<H: Handler> Worker<H> {
     /// Starts the thread of device `name`.
-    pub fn spawn(name: &str, interrupt: Arc<dyn Interrupt>, mut handler: H) -> Result<Self, Error> {
+    pub fn spawn(name: &str, interrupt: Arc<dyn Interrupt>, handler: H) -> Result<Self, Error> {
         let error = |action, source| Error::Io { device: name.to_owned(), action, source };
         let stop = EventFd::new(EFD_NONBLOCK).map_err(|e| error("make an eventfd", e))?;
         let poll = Poll(Epoll::new().map_err(|e| error("make an epoll", e))?);
         poll.add(&stop, EventSet::IN, STOP).map_err(|e| error("wait for events", e))?;
-        let device = name.to_owned();
-        let thread = thread::Builder::new()
-            .name(name.to_owned())
-            .spawn(move || {
-                let complaint = match catch_unwind(AssertUnwindSafe(|| serve(&mut handler, &poll))) {
-                    Ok(Ok(())) => None,
-                    Ok(Err(fault)) => Some(fault.to_string()),
-                    Err(_) => Some("internal error".to_owned()),
-                };
-                if let Some(complaint) = complaint {
-                    complain(&device, format_args!("{complaint}; it stands still until the guest resets it"));
-                    interrupt.needs_reset();
-                }
-                handler
-            })
-            .map_err(|e| error("start its thread", e))?;
-        Ok(Self { stop, thread })
+        let mut worker = Self { name: name.to_owned(), interrupt, stop, state: State::Lost };
+        worker.start(Resting { handler, poll, faulted: false }, true)?;
+        Ok(worker)
+    }
+
+    fn start(&mut self, mut resting: Resting<H>, first: bool) -> Result<(), Error> {
+        let (device, interrupt) = (self.name.clone(), self.interrupt.clone());
+        let body = move || {
+            let work = AssertUnwindSafe(|| serve(&mut resting.handler, &resting.poll, first));
+            let complaint = match catch_unwind(work) {
+                Ok(Ok(())) => None,
+                Ok(Err(fault)) => Some(fault.to_string()),
+                Err(_) => Some("internal error".to_owned()),
+            };
+            if let Some(complaint) = complaint {
+                complain(&device, format_args!("{complaint}; it stands still until the guest resets it"));
+                interrupt.needs_reset();
+                resting.faulted = true;
+            }
+            resting
+        };
+        let thread = thread::Builder::new().name(self.name.clone()).spawn(body);
+        let error = |source| Error::Io { device: self.name.clone(), action: "start its thread", source };
+        self.state = State::Working(thread.map_err(error)?);
+        Ok(())
+    }
+
+    /// Has the thread finish what it is at, and keeps its handler.
+    pub fn pause(&mut self) {
+        let thread = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Working(thread) => thread,
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        // Fails only if the counter is at its end, and then the event is there.
+        let _ = self.stop.write(1);
+        if let Ok(resting) = thread.join() {
+            // Not to be seen by the next thread.
+            let _ = self.stop.read();
+            self.state = State::Resting(resting);
+        }
+    }
+
+    /// Goes on after a pause, with what has come in meanwhile.
+    pub fn resume(&mut self) -> Result<(), Error> {
+        match std::mem::replace(&mut self.state, State::Lost) {
+            State::Resting(resting) if !resting.faulted => self.start(resting, false),
+            other => {
+                self.state = other;
+                Ok(())
+            }
+        }
     }
 
     /// Ends the thread and gives its handler back.
-    pub fn stop(self) -> Option<H> {
-        // Fails only if the counter is at its end, and then the event is there.
-        let _ = self.stop.write(1);
-        self.thread.join().ok()
+    pub fn stop(mut self) -> Option<H> {
+        self.pause();
+        match self.state {
+            State::Resting(resting) => Some(resting.handler),
+            State::Working(_) | State::Lost => None,
+        }
     }
 }
 
 /// The loop of a device's thread; ends when it is told to.
-fn serve(handler: &mut impl Handler, poll: &Poll) -> Result<(), Fault> {
-    handler.start(poll)?;
+fn serve(handler: &mut impl Handler, poll: &Poll, first: bool) -> Result<(), Fault> {
+    if first {
+        handler.start(poll)?;
+    }
     let mut events = vec![EpollEvent::default(); EVENTS];
     loop {
         let count = match poll.0.wait(-1, &mut events) {
@@ -143,11 +201,12 @@ fn serve(handler: &mut impl Handler, poll: &Poll) -> Result<(), Fault> {
             Err(source) => return Err(Fault::Io { action: "wait for events", source }),
         };
         let ready = events.get(..count).unwrap_or_default();
+        // All of them: one that is edge-triggered is told but once.
+        for event in ready.iter().filter(|event| event.data() != STOP) {
+            handler.ready(event.data(), event.event_set(), poll)?;
+        }
         if ready.iter().any(|event| event.data() == STOP) {
             return Ok(());
-        }
-        for event in ready {
-            handler.ready(event.data(), event.event_set(), poll)?;
         }
     }
 }
@@ -196,6 +255,58 @@ mod tests {
             interrupt.wait("needs_reset", |told| told.needs_reset);
             assert!(worker.stop().is_some());
         }
+    }
+
+    /// Counts how often it was rung.
+    struct Counting {
+        bell: EventFd,
+        rung: Arc<AtomicU32>,
+    }
+
+    impl Handler for Counting {
+        fn start(&mut self, poll: &Poll) -> Result<(), Fault> {
+            poll.add(&self.bell, EventSet::IN | EventSet::EDGE_TRIGGERED, 0).unwrap();
+            Ok(())
+        }
+
+        fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), Fault> {
+            self.rung.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_comes_during_a_pause_is_done_after_it() {
+        let (bell, rung) = (EventFd::new(EFD_NONBLOCK).unwrap(), Arc::new(AtomicU32::new(0)));
+        let ring = bell.try_clone().unwrap();
+        let handler = Counting { bell, rung: rung.clone() };
+        let mut worker = Worker::spawn("test", Arc::new(Recorder::default()), handler).unwrap();
+        for round in 1..=50 {
+            worker.pause();
+            worker.pause();
+            ring.write(1).unwrap();
+            assert_eq!(rung.load(Ordering::SeqCst), round - 1);
+            worker.resume().unwrap();
+            worker.resume().unwrap();
+            // Ends only after all that was rung has been seen.
+            worker.pause();
+            assert_eq!(rung.load(Ordering::SeqCst), round);
+        }
+        assert!(worker.stop().is_some());
+    }
+
+    #[test]
+    fn a_device_that_gave_up_is_not_resumed() {
+        let interrupt = Arc::new(Recorder::default());
+        let bell = EventFd::new(EFD_NONBLOCK).unwrap();
+        bell.write(1).unwrap();
+        let failing = Failing { bell, panic: false };
+        let mut worker = Worker::spawn("test", interrupt.clone(), failing).unwrap();
+        interrupt.wait("needs_reset", |told| told.needs_reset);
+        worker.pause();
+        worker.resume().unwrap();
+        assert!(matches!(&worker.state, State::Resting(resting) if resting.faulted));
+        assert!(worker.stop().is_some());
     }
 
     #[test]

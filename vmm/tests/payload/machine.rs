@@ -117,6 +117,35 @@ fn a_second_cpu_starts() {
 }
 
 #[test]
+fn a_paused_machine_stands_still() {
+    if !kvm() {
+        return;
+    }
+    // Says "." for ever: jmp back over the 7 bytes that say it. The second CPU waits to be started.
+    let mut bench = Bench::new(&elf(&Code::default().say(".").raw(&[0xeb, 0xf7])));
+    bench.config.cpus = 2;
+    let running = bench.start();
+    let exits = || match bench.ask(Action::Stats) {
+        Reply::Stats(stats) => stats.exits,
+        other => panic!("{other:?}"),
+    };
+    let paused = || matches!(bench.ask(Action::Status), Reply::Status(status) if status.paused);
+    bench.wait_for(".");
+    for _ in 0..20 {
+        assert_eq!((bench.ask(Action::Pause), paused()), (Reply::Done, true));
+        let before = exits();
+        assert_eq!(bench.ask(Action::Pause), Reply::Done);
+        assert_eq!(exits(), before);
+        assert_eq!((bench.ask(Action::Resume), paused()), (Reply::Done, false));
+        wait(|| exits() > before, || "the guest stood still".into());
+    }
+    assert_eq!(bench.ask(Action::Pause), Reply::Done);
+    assert_eq!(bench.ask(Action::Kill), Reply::Done);
+    let output = running.end();
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
 fn a_guest_is_looked_after_and_killed() {
     if !kvm() {
         return;
