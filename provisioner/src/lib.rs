@@ -22,5 +22,6 @@ pub mod machine;
 pub mod paths;
 pub mod plan;
 pub mod progress;
+pub mod say;
 pub mod stack;
 pub mod state;

@@ -1,11 +1,12 @@
 //! The lab command.
 
-use std::process::ExitCode;
+use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use lab::{
     cli::{Cli, Command, Output},
     commands::{self, Context, Error, carried::Place},
+    say::say,
 };
 
 fn main() -> ExitCode {
@@ -19,12 +20,12 @@ fn main() -> ExitCode {
         Err(error) => {
             match &error {
                 Error::Labfile(diagnostics) if json => match serde_json::to_string_pretty(diagnostics) {
-                    Ok(text) => println!("{text}"),
-                    Err(error) => eprintln!("lab: {error}"),
+                    Ok(text) => drop(writeln!(std::io::stdout(), "{text}")),
+                    Err(error) => say(format_args!("lab: {error}")),
                 },
                 // These have a form of their own, with the place first.
-                Error::Labfile(diagnostics) => eprintln!("{diagnostics}"),
-                _ => eprintln!("lab: {error}"),
+                Error::Labfile(diagnostics) => say(diagnostics),
+                _ => say(format_args!("lab: {error}")),
             }
             ExitCode::from(error.status())
         }

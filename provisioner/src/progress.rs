@@ -7,6 +7,8 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
+use crate::say::say;
+
 /// Where progress is told.
 #[derive(Clone)]
 pub struct Progress {
@@ -25,7 +27,7 @@ impl Progress {
     pub fn say(&self, line: &str) {
         match &self.bars {
             Some(bars) => drop(bars.println(line)),
-            None if !self.quiet => eprintln!("{line}"),
+            None if !self.quiet => say(line),
             None => {}
         }
     }
@@ -34,7 +36,7 @@ impl Progress {
     pub fn warn(&self, line: &str) {
         match &self.bars {
             Some(bars) => drop(bars.println(format!("warning: {line}"))),
-            None => eprintln!("warning: {line}"),
+            None => say(format_args!("warning: {line}")),
         }
     }
 

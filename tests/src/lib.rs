@@ -2,7 +2,12 @@
 //! KVM where that works and in the emulated host otherwise. The choice is lab's own.
 //!
 //! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a harness fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::print_stderr,
+    reason = "a harness fails by panicking"
+)]
 
 use std::{
     io::{Read, Write},
@@ -167,14 +172,12 @@ pub fn listeners() -> Vec<String> {
             ours.extend(links.map(|link| link.display().to_string()));
         }
     }
-    let tables = ["tcp", "tcp6", "udp", "udp6"].map(|table| (table, format!("/proc/net/{table}")));
     let mut found = Vec::new();
-    for (table, path) in tables {
-        for line in std::fs::read_to_string(path).unwrap_or_default().lines().skip(1) {
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        for line in std::fs::read_to_string(table).unwrap_or_default().lines().skip(1) {
             let words: Vec<_> = line.split_ascii_whitespace().collect();
-            // 0A is LISTEN; a UDP socket that is bound and joined to nobody takes from everybody.
-            let open = if table.starts_with("tcp") { words[3] == "0A" } else { words[3] == "07" };
-            if open && ours.contains(&format!("socket:[{}]", words[9])) {
+            // 0A is LISTEN (net/tcp_states.h of Linux).
+            if words[3] == "0A" && ours.contains(&format!("socket:[{}]", words[9])) {
                 found.push(words[1].to_owned());
             }
         }

@@ -19,7 +19,7 @@ use rustix::{
     pipe::{PipeFlags, pipe_with},
 };
 
-use crate::{config::ConsoleConfig, socket, terminal::Terminal};
+use crate::{config::ConsoleConfig, say::say, socket, terminal::Terminal};
 
 /// Size at which the log starts over, in bytes.
 const LOG_MAX: u64 = 8 << 20;
@@ -94,7 +94,7 @@ impl Outputs {
             if let Err(error) = &result
                 && !self.log_failed
             {
-                eprintln!("lab-vmm: console output is lost: cannot write {}: {error}", log.path.display());
+                say(format_args!("console output is lost: cannot write {}: {error}", log.path.display()));
             }
             self.log_failed = result.is_err();
         }

@@ -25,6 +25,7 @@ pub mod pci;
 pub mod platform;
 pub mod qcow2;
 pub mod restart;
+pub mod say;
 pub mod signals;
 pub mod socket;
 pub mod terminal;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use lab_vmm::{cli::Cli, ending::End, lock::Lock, machine::Machine, restart};
+use lab_vmm::{cli::Cli, ending::End, lock::Lock, machine::Machine, restart, say::say};
 use rustix::fs::Mode;
 
 /// A reset so soon after the start is one that a broken guest repeats for ever.
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
     match run(&cli, started) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("lab-vmm: {error}");
+            say(error);
             ExitCode::FAILURE
         }
     }
@@ -38,9 +38,9 @@ fn run(cli: &Cli, started: Instant) -> Result<(), Box<dyn std::error::Error>> {
     let end = Machine::new(config.clone(), started)?.run()?;
     match end {
         End::PowerOff | End::Killed | End::Failed(_) => return Ok(()),
-        End::Reset => eprintln!("lab-vmm: {name}: the guest resets"),
+        End::Reset => say(format_args!("{name}: the guest resets")),
         End::TripleFault => {
-            eprintln!("lab-vmm: {name}: the guest's CPU shut down (triple fault); the guest starts anew")
+            say(format_args!("{name}: the guest's CPU shut down (triple fault); the guest starts anew"))
         }
     }
     let quick = if started.elapsed() < QUICK { cli.quick_resets + 1 } else { 0 };

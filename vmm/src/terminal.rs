@@ -10,6 +10,8 @@ use rustix::{
     termios::{OptionalActions, Termios, isatty, tcgetattr, tcsetattr},
 };
 
+use crate::say::say;
+
 /// Control-A: the next key is for lab-vmm. `x` ends the machine, control-A is itself.
 const ESCAPE: u8 = 1;
 const END: u8 = b'x';
@@ -32,7 +34,7 @@ impl Terminal {
             raw.make_raw();
             tcsetattr(&stdin, OptionalActions::Now, &raw)?;
             before = Some(attributes);
-            eprint!("lab-vmm: this terminal is the guest's console; Ctrl-A x ends the machine\r\n");
+            say("this terminal is the guest's console; Ctrl-A x ends the machine\r");
         }
         Ok(Self { before, escaped: false, ended: false })
     }

@@ -10,6 +10,7 @@ use std::{
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 use super::{Context, Error, ssh};
+use crate::say::say;
 
 /// Ctrl-], which leaves the console.
 const ESCAPE: u8 = 0x1d;
@@ -66,7 +67,7 @@ impl Drop for RawTerminal {
     fn drop(&mut self) {
         if let Some(before) = &self.0 {
             let _ = tcsetattr(io::stdin(), OptionalActions::Now, before);
-            eprintln!();
+            say("");
         }
     }
 }

@@ -48,8 +48,7 @@ fn what(lab: &Lab, nodes: &[String]) -> String {
 
 fn ask(what: &str) -> Result<bool, Error> {
     let io = |source| Error::Io { action: "ask".into(), source };
-    eprint!("remove {what} with all disks? [y/N] ");
-    std::io::stderr().flush().map_err(io)?;
+    write!(std::io::stderr(), "remove {what} with all disks? [y/N] ").map_err(io)?;
     let mut answer = String::new();
     std::io::stdin().lock().read_line(&mut answer).map_err(io)?;
     Ok(matches!(answer.trim(), "y" | "Y" | "yes"))

@@ -10,7 +10,7 @@ pub mod probe;
 
 use std::{env, ffi::OsString, path::Path, process::ExitCode};
 
-use crate::paths::Paths;
+use crate::{paths::Paths, say::say};
 
 /// Why there is no host for labs.
 #[derive(Debug, thiserror::Error)]
@@ -85,7 +85,7 @@ pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
     Some(match result {
         Ok(status) => ExitCode::from(status),
         Err(error) => {
-            eprintln!("lab: {error}");
+            say(format_args!("lab: {error}"));
             ExitCode::FAILURE
         }
     })

@@ -25,11 +25,14 @@ use super::{
     Activation, Error, Interrupt, VirtioDevice, capabilities,
     common_config::{CommonConfig, Effect, status},
 };
-use crate::pci::{
-    Function,
-    config_space::ConfigSpace,
-    msix::{Msix, NO_VECTOR},
-    wires::Wires,
+use crate::{
+    pci::{
+        Function,
+        config_space::ConfigSpace,
+        msix::{Msix, NO_VECTOR},
+        wires::Wires,
+    },
+    say::say,
 };
 
 /// Size of the BAR in bytes.
@@ -179,7 +182,7 @@ impl VirtioPci {
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("{} panicked: a bug in lab-vmm", self.device.name()),
         };
-        eprintln!("lab-vmm: {problem}; the guest is told to reset the device");
+        say(format_args!("{problem}; the guest is told to reset the device"));
         self.shared.needs_reset();
     }
 

@@ -18,6 +18,7 @@ use vmm_sys_util::{
 };
 
 use super::{Error, Interrupt};
+use crate::say::say;
 
 /// First token that is not a queue's doorbell: doorbells use the queue's index.
 pub(crate) const BACK_END: u64 = 1 << 16;
@@ -216,7 +217,7 @@ pub(crate) fn complain(device: &str, what: impl std::fmt::Display) {
     static LEFT: AtomicU32 = AtomicU32::new(100);
     let left = LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
     if left.is_ok() {
-        eprintln!("lab-vmm: {device}: {what}");
+        say(format_args!("{device}: {what}"));
     }
 }
 

@@ -23,6 +23,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{machine::meminfo, netlink::Netlink, orders};
+use crate::say::say;
 
 /// What init says on the console when commands can come in.
 pub const READY: &str = "lab-host: ready";
@@ -89,7 +90,7 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Erro
 /// Runs as process 1, until the machine stops.
 pub fn run(config: &Path) -> ! {
     if rustix::process::getpid() != Pid::INIT {
-        eprintln!("lab: this command is the first process of the emulated host, and nothing else");
+        say("lab: this command is the first process of the emulated host, and nothing else");
         std::process::exit(2);
     }
     if let Err(error) = console().and_then(|()| serve(config)) {

@@ -20,7 +20,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 
 use super::{State, console::Console, corrections, files::Files, forwards, init, kernel, qmp::Qmp};
-use crate::{json_file, lock, paths::Paths};
+use crate::{json_file, lock, paths::Paths, say::say};
 
 /// How long the machine may take until commands can come in.
 pub const START_LIMIT: Duration = Duration::from_secs(180);
@@ -191,7 +191,7 @@ fn correct(config: &Config, qemu: u32) {
         corrected => corrected,
     };
     if let Err(error) = corrected {
-        eprintln!("lab: nodes may crash now and then: QEMU's faults cannot be corrected: {error}");
+        say(format_args!("lab: nodes may crash now and then: QEMU's faults cannot be corrected: {error}"));
     }
 }
 
