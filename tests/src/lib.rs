@@ -93,9 +93,16 @@ impl TestLab {
     pub fn terminal(&self, node: &str, (rows, columns): (u16, u16), input: &str) -> (Option<i32>, String) {
         let (lab, file) = (program(), self.file.display());
         let inside = format!("stty rows {rows} cols {columns}; exec {} -f {file} ssh {node}", lab.display());
-        let mut command = Command::new("script");
-        command.args(["-qec", &inside, "/dev/null"]).current_dir(self.dir.path());
-        let output = output(command, input.as_bytes());
+        let mut command = Command::new("timeout");
+        command
+            .args(["--foreground", "120", "script", "-qec", &inside, "/dev/null"])
+            .current_dir(self.dir.path());
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // Nobody hangs up before the shell has ended by itself.
+        let mut keyboard = child.stdin.take().unwrap();
+        keyboard.write_all(input.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        drop(keyboard);
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
