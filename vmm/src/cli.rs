@@ -24,7 +24,7 @@ pub struct Cli {
     /// Configuration file (JSON); the other flags are for machines made by hand
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "name", "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "net", "vsock", "console_log",
-        "console_socket", "stdio", "control", "lock",
+        "console_socket", "stdio", "control", "lock", "restore", "paused",
     ])]
     config: Option<PathBuf>,
     /// Name of the machine, for messages
@@ -69,6 +69,12 @@ pub struct Cli {
     /// File that is locked while the machine exists
     #[arg(long, value_name = "FILE")]
     lock: Option<PathBuf>,
+    /// Go on from the snapshot in this folder, instead of booting; the other flags describe the same machine
+    #[arg(long, value_name = "FOLDER")]
+    restore: Option<PathBuf>,
+    /// Stand still until the control request "resume"
+    #[arg(long)]
+    paused: bool,
     /// Of a process that follows itself after a reset: the descriptor of its configuration
     #[arg(long, hide = true, conflicts_with = "config")]
     config_fd: Option<RawFd>,
@@ -126,6 +132,8 @@ impl Cli {
                 },
                 control: self.control.clone(),
                 lock: self.lock.clone(),
+                restore: self.restore.clone(),
+                paused: self.paused,
             }),
         }
     }

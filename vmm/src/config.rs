@@ -40,6 +40,12 @@ pub struct VmConfig {
     /// File that is locked (flock) while the machine exists: "alive" is "lock held".
     #[serde(default)]
     pub lock: Option<PathBuf>,
+    /// Folder of a snapshot: the machine goes on from there, instead of booting the kernel. After a reset it boots.
+    #[serde(default)]
+    pub restore: Option<PathBuf>,
+    /// Whether the machine stands still until the control request `resume`.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 /// A block device.

@@ -1,5 +1,7 @@
 //! The control protocol of `lab-vmm`: one JSON object a line in each direction, answered in order.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// Version of the protocol; a request with another one is refused.
@@ -29,6 +31,12 @@ pub enum Action {
     Pause,
     /// Let it go on; done already if it is not paused.
     Resume,
+    /// Write a snapshot of the machine into a folder that is there and empty; a machine that runs stands still meanwhile.
+    /// Its disks are not in it. What is written may not be on the disk yet when the reply comes.
+    Save {
+        /// The folder.
+        folder: PathBuf,
+    },
     /// End the machine at once, as pulling the plug does; disks are closed properly.
     Kill,
 }

@@ -146,6 +146,8 @@ mod tests {
             console: ConsoleConfig::default(),
             control: None,
             lock: None,
+            restore: None,
+            paused: false,
         }
     }
 

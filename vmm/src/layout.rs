@@ -37,7 +37,9 @@ pub const CMDLINE_MAX: usize = 2047;
 pub const LOW_RAM_END: u64 = 0xA0000;
 /// ACPI tables, the RSDP first.
 pub const ACPI: u64 = 0xE0000;
-/// Where a BIOS starts after a reset: F000:FFF0 in real mode. The room for ACPI tables ends here.
+/// The VM generation id, 16 bytes, between the ACPI tables and the reset vector.
+pub const GENERATION_ID: u64 = 0xFFFE0;
+/// Where a BIOS starts after a reset: F000:FFF0 in real mode.
 pub const RESET_VECTOR: u64 = 0xFFFF0;
 /// End of what the guest is told holds ACPI tables.
 pub const ACPI_END: u64 = 0x100000;
@@ -75,6 +77,8 @@ pub const COM1: u16 = 0x3F8;
 pub const COM1_IRQ: u32 = 4;
 /// Interrupt of the generic event device (the power button).
 pub const GED_IRQ: u32 = 5;
+/// Interrupt of the generic event device that says that the machine is a copy of another one.
+pub const GENERATION_IRQ: u32 = 6;
 /// ACPI sleep control register, one byte.
 pub const SLEEP_CONTROL: u16 = 0x600;
 /// ACPI sleep status register, one byte.

@@ -27,6 +27,7 @@ pub mod qcow2;
 pub mod restart;
 pub mod say;
 pub mod signals;
+pub mod snapshot;
 pub mod socket;
 pub mod terminal;
 pub mod virtio;

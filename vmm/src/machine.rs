@@ -2,14 +2,18 @@
 
 use std::{
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
+    path::Path,
     sync::{Arc, atomic::Ordering},
     thread,
     time::Instant,
 };
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use rustix::event::{PollFd, PollFlags, poll};
-use vm_memory::GuestMemoryMmap;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    rand::{GetRandomFlags, getrandom},
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
@@ -27,6 +31,7 @@ use crate::{
     pci::wires::KvmWires,
     platform::{Line, Platform},
     signals::Signals,
+    snapshot::{self, Chips, State, chips, ram::GuestRam},
     socket,
 };
 
@@ -76,6 +81,9 @@ pub enum Error {
     /// A device.
     #[error(transparent)]
     Device(#[from] devices::Error),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     /// It ran, and cannot go on.
     #[error("{0}")]
     Failed(String),
@@ -102,26 +110,42 @@ pub struct Machine {
     hub: Hub,
     control: Option<ControlSocket>,
     notify: Option<Notify>,
-    paused: bool,
-    /// Kept until the CPUs have stopped and the machine is gone.
-    _vm: Arc<VmFd>,
-    _memory: GuestMemoryMmap,
+    /// While it is paused: where the guest's clock stands, in nanoseconds.
+    paused_at_ns: Option<u64>,
+    /// Whether the guest has yet to hear that it is a copy of another one.
+    renewed: bool,
+    /// Kept, as the memory is, until the CPUs have stopped and the machine is gone.
+    vm: Arc<VmFd>,
+    ram: GuestRam,
 }
 
 impl Machine {
     /// Make the machine. `started` is when the process started.
     pub fn new(config: VmConfig, started: Instant) -> Result<Self, Error> {
         config.check().map_err(Error::Config)?;
-        boot::check_cmdline(&config.cmdline)?;
         let signals = Signals::new().map_err(io("wait for signals"))?;
-        let memory = memory::map(config.memory_mib)?;
+        let mut machine = match config.restore.clone() {
+            None => Self::boot(config, started, signals)?,
+            Some(folder) => Self::restore(config, started, signals, &folder)?,
+        };
+        if machine.config.paused {
+            machine.paused_at_ns.get_or_insert(0);
+        }
+        Ok(machine)
+    }
+
+    /// A machine at its kernel's first instruction.
+    fn boot(config: VmConfig, started: Instant, signals: Signals) -> Result<Self, Error> {
+        boot::check_cmdline(&config.cmdline)?;
+        let ram = GuestRam::new(config.memory_mib)?;
+        let memory = &ram.memory;
         let (loaded, rest) = thread::scope(|scope| {
             // Reading tens of megabytes takes as long as everything else together: side by side.
             let loader = thread::Builder::new().name("loader".into()).spawn_scoped(scope, || {
-                let kernel = boot::load_kernel(&memory, &config.kernel)?;
-                Ok((kernel, boot::load_initrds(&memory, &config.initrd)?))
+                let kernel = boot::load_kernel(memory, &config.kernel)?;
+                Ok((kernel, boot::load_initrds(memory, &config.initrd)?))
             });
-            let rest = Parts::new(&config, &memory);
+            let rest = Parts::new(&config, memory);
             let loaded: Result<_, boot::Error> = match loader.map_err(io("start a thread"))?.join() {
                 Ok(loaded) => loaded,
                 Err(panic) => std::panic::resume_unwind(panic),
@@ -129,13 +153,45 @@ impl Machine {
             Ok::<_, Error>((loaded, rest))
         })?;
         let (kernel, initrd) = loaded?;
-        let Parts { vm, cpus, bus, ending, devices, hub, control, notify, window64 } = rest?;
-        boot::describe(&memory, &kernel, initrd.as_ref(), &config.cmdline)?;
-        acpi::write(&memory, &acpi::Machine { cpus: config.cpus, window64 }).map_err(Error::Acpi)?;
-        if let Some(boot_cpu) = cpus.first() {
-            cpu::registers::set_entry(boot_cpu, &memory, &kernel.entry)?;
+        let parts = rest?;
+        boot::describe(memory, &kernel, initrd.as_ref(), &config.cmdline)?;
+        acpi::write(memory, &acpi::Machine { cpus: config.cpus, window64: parts.window64 })
+            .map_err(Error::Acpi)?;
+        renew(memory)?;
+        if let Some(boot_cpu) = parts.cpus.first() {
+            cpu::registers::set_entry(boot_cpu, memory, &kernel.entry)?;
         }
-        Ok(Self {
+        Ok(Self::assemble(config, started, signals, ram, parts))
+    }
+
+    /// A machine where the snapshot in `folder` left it.
+    fn restore(config: VmConfig, started: Instant, signals: Signals, folder: &Path) -> Result<Self, Error> {
+        let unusable = |why| snapshot::Error::Unusable { path: folder.into(), why };
+        let state = snapshot::load_state(folder, &config)?;
+        let ram = snapshot::load_memory(folder, &state)?;
+        let mut parts = Parts::new(&config, &ram.memory)?;
+        for (fresh, saved) in parts.cpus.iter().zip(&state.cpus) {
+            cpu::state::check(fresh, saved).map_err(unusable)?;
+        }
+        for (fresh, saved) in parts.cpus.iter().zip(&state.cpus) {
+            cpu::state::restore(fresh, saved)?;
+        }
+        state.chips.restore(&parts.vm).map_err(kvm("restore the interrupt controllers"))?;
+        parts.bus.pci.restore(&state.functions).map_err(unusable)?;
+        parts.bus.platform.restore(&state.serial);
+        if let Some(notify) = &mut parts.notify {
+            notify.restore(&state.notified);
+        }
+        renew(&ram.memory)?;
+        let mut machine = Self::assemble(config, started, signals, ram, parts);
+        machine.paused_at_ns = Some(state.chips.clock_ns);
+        machine.renewed = true;
+        Ok(machine)
+    }
+
+    fn assemble(config: VmConfig, started: Instant, signals: Signals, ram: GuestRam, parts: Parts) -> Self {
+        let Parts { vm, cpus, bus, ending, devices, hub, control, notify, window64: _ } = parts;
+        Self {
             config,
             started,
             ending,
@@ -147,10 +203,11 @@ impl Machine {
             hub,
             control,
             notify,
-            paused: false,
-            _vm: vm,
-            _memory: memory,
-        })
+            paused_at_ns: None,
+            renewed: false,
+            vm,
+            ram,
+        }
     }
 
     /// Run until the machine ends; how it ended.
@@ -161,7 +218,10 @@ impl Machine {
             counters: self.counters.clone(),
             started: self.started,
         };
-        let cpus = Cpus::start(std::mem::take(&mut self.cpus), &around)?;
+        let cpus = Cpus::start(std::mem::take(&mut self.cpus), &around, self.paused_at_ns.is_some())?;
+        if !self.config.paused {
+            self.resume(&cpus)?;
+        }
         let waited = self.wait(&cpus);
         let stopped = cpus.stop();
         // After the CPUs, so that nothing rings any more: requests under way are completed and files closed.
@@ -223,14 +283,9 @@ impl Machine {
                 Ok(()) => Reply::Done,
                 Err(error) => Reply::Error(format!("cannot press the power button: {error}")),
             },
-            Action::Pause => match self.pause(cpus) {
-                Ok(()) => Reply::Done,
-                Err(error) => Reply::Error(format!("cannot pause: {error}")),
-            },
-            Action::Resume => {
-                self.resume(cpus);
-                Reply::Done
-            }
+            Action::Pause => done("pause", self.pause(cpus)),
+            Action::Resume => done("resume", self.resume(cpus)),
+            Action::Save { folder } => done("save the machine", self.save(&folder, cpus)),
             Action::Kill => {
                 self.ending.decide(End::Killed);
                 Reply::Done
@@ -240,30 +295,61 @@ impl Machine {
 
     /// CPUs first: nothing rings a device that stands still.
     fn pause(&mut self, cpus: &Cpus) -> Result<(), Error> {
-        if !self.paused {
+        if self.paused_at_ns.is_none() {
             if let Err(error) = cpus.pause() {
                 cpus.resume();
                 return Err(error.into());
             }
+            self.paused_at_ns = Some(chips::clock_ns(&self.vm).map_err(kvm("read the guest's clock"))?);
             self.bus.pci.pause();
-            self.paused = true;
         }
         Ok(())
     }
 
-    fn resume(&mut self, cpus: &Cpus) {
-        if self.paused {
+    fn resume(&mut self, cpus: &Cpus) -> Result<(), Error> {
+        if let Some(clock_ns) = self.paused_at_ns.take() {
+            chips::set_clock(&self.vm, clock_ns).map_err(kvm("set the guest's clock"))?;
             self.bus.pci.resume();
+            if std::mem::take(&mut self.renewed) {
+                self.bus.platform.tell_generation().map_err(io("raise an interrupt"))?;
+            }
             cpus.resume();
-            self.paused = false;
         }
+        Ok(())
+    }
+
+    /// Write a snapshot into `folder`, with the machine standing still.
+    fn save(&mut self, folder: &Path, cpus: &Cpus) -> Result<(), Error> {
+        let ran = self.paused_at_ns.is_none();
+        self.pause(cpus)?;
+        let saved = self.save_paused(folder, cpus);
+        if ran {
+            self.resume(cpus)?;
+        }
+        saved
+    }
+
+    fn save_paused(&self, folder: &Path, cpus: &Cpus) -> Result<(), Error> {
+        let msrs = Kvm::new().map_err(Error::NoKvm)?.get_msr_index_list();
+        let msrs = msrs.map_err(kvm("tell what registers it has"))?;
+        let clock_ns = self.paused_at_ns.unwrap_or_default();
+        let state = State {
+            cpus: cpus.save(msrs.as_slice())?,
+            memory_mib: self.config.memory_mib,
+            chips: Chips::save(&self.vm, clock_ns).map_err(kvm("read the interrupt controllers"))?,
+            functions: self.bus.pci.save().map_err(Error::Failed)?,
+            serial: self.bus.platform.save(),
+            notified: self.notify.as_ref().map_or_else(Vec::new, |notify| notify.lines().to_vec()),
+            sums: snapshot::save_memory(folder, &self.ram)?,
+        };
+        Ok(snapshot::save_state(folder, &state)?)
     }
 
     fn status(&self) -> Status {
         Status {
             name: self.config.name.clone(),
             pid: std::process::id(),
-            paused: self.paused,
+            paused: self.paused_at_ns.is_some(),
             cpus: self.config.cpus,
             memory_mib: self.config.memory_mib,
             uptime_ms: self.started.elapsed().as_millis() as u64,
@@ -271,6 +357,21 @@ impl Machine {
             notified: self.notify.as_ref().map_or_else(Vec::new, |notify| notify.lines().to_vec()),
         }
     }
+}
+
+/// The answer to a request that has been tried.
+fn done(what: &str, outcome: Result<(), Error>) -> Reply {
+    match outcome {
+        Ok(()) => Reply::Done,
+        Err(error) => Reply::Error(format!("cannot {what}: {error}")),
+    }
+}
+
+/// Give the machine a new generation id.
+fn renew(memory: &GuestMemoryMmap) -> Result<(), Error> {
+    let mut id = [0u8; 16];
+    getrandom(&mut id, GetRandomFlags::empty()).map_err(|error| io("get random numbers")(error.into()))?;
+    memory.write_slice(&id, GuestAddress(layout::GENERATION_ID)).map_err(Error::Acpi)
 }
 
 /// What is made while the kernel is read.
@@ -303,6 +404,7 @@ impl Parts {
             Box::new(hub.output()),
             line(&vm, layout::COM1_IRQ)?,
             line(&vm, layout::GED_IRQ)?,
+            line(&vm, layout::GENERATION_IRQ)?,
             ending.clone(),
         );
         let (devices, pci) = make_devices(config, memory, &vm, &hub, input)?;

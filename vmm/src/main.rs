@@ -6,7 +6,7 @@ use std::{
 };
 
 use clap::Parser;
-use lab_vmm::{cli::Cli, ending::End, lock::Lock, machine::Machine, restart, say::say};
+use lab_vmm::{cli::Cli, config::VmConfig, ending::End, lock::Lock, machine::Machine, restart, say::say};
 use rustix::fs::Mode;
 
 /// A reset so soon after the start is one that a broken guest repeats for ever.
@@ -52,6 +52,7 @@ fn run(cli: &Cli, started: Instant) -> Result<(), Box<dyn std::error::Error>> {
         )
         .into());
     }
+    let config = VmConfig { restore: None, paused: false, ..config };
     let error = restart::start_anew(&config, lock.as_ref(), quick);
     Err(format!("{name}: cannot start anew after the reset: {error}").into())
 }

@@ -47,6 +47,11 @@ impl Notify {
         &self.lines
     }
 
+    /// Take over what a guest said before a snapshot.
+    pub fn restore(&mut self, lines: &[String]) {
+        self.lines = lines.iter().take(LINES_MAX).cloned().collect();
+    }
+
     /// What to wait for.
     pub fn sources<'a>(&'a self, sources: &mut Vec<BorrowedFd<'a>>) {
         if self.clients.len() < CLIENTS_MAX {

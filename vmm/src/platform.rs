@@ -1,10 +1,12 @@
-//! The few fixed registers of the machine: serial port, sleep, reset; and the power button.
+//! The few fixed registers of the machine: serial port, sleep, reset; and what ACPI's generic event device tells of: the
+//! power button, and that the machine is a copy.
 
 use std::{
     io::{self, Write},
     sync::{Arc, Mutex, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,28 +33,85 @@ impl Trigger for Line {
     }
 }
 
+/// What the guest has written to the serial port's registers.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    line_control: u8,
+    modem_control: u8,
+    scratch: u8,
+}
+
+/// Bit of the line control register that puts the divisor in the place of data and interrupt enable.
+const DIVISOR_LATCH: u8 = 1 << 7;
+
 /// The fixed registers of one machine.
 pub struct Platform {
     serial: Mutex<Serial<Line, NoEvents, Box<dyn Write + Send>>>,
     button: Line,
+    generation: Line,
     ending: Arc<Ending>,
 }
 
 impl Platform {
-    /// Registers whose serial port writes to `output`; `serial_line` and `button_line` raise interrupts
-    /// [`layout::COM1_IRQ`] and [`layout::GED_IRQ`].
+    /// Registers whose serial port writes to `output`; `serial_line`, `button_line` and `generation_line`
+    /// raise interrupts [`layout::COM1_IRQ`], [`layout::GED_IRQ`] and [`layout::GENERATION_IRQ`].
     pub fn new(
         output: Box<dyn Write + Send>,
         serial_line: Line,
         button_line: Line,
+        generation_line: Line,
         ending: Arc<Ending>,
     ) -> Self {
-        Self { serial: Mutex::new(Serial::new(serial_line, output)), button: button_line, ending }
+        Self {
+            serial: Mutex::new(Serial::new(serial_line, output)),
+            button: button_line,
+            generation: generation_line,
+            ending,
+        }
     }
 
     /// Press the power button.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.button.trigger()
+    }
+
+    /// Tell the guest that its generation id is another one.
+    pub fn tell_generation(&self) -> io::Result<()> {
+        self.generation.trigger()
+    }
+
+    /// The state of the serial port.
+    pub fn save(&self) -> SerialState {
+        let state = self.serial().state();
+        SerialState {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            line_control: state.line_control,
+            modem_control: state.modem_control,
+            scratch: state.scratch,
+        }
+    }
+
+    /// Write what the guest wrote in another life. What it sent was sent at once, and nothing is ever sent to it.
+    pub fn restore(&self, state: &SerialState) {
+        let mut serial = self.serial();
+        let [low, high] = state.divisor;
+        let registers = [
+            (3, DIVISOR_LATCH),
+            (0, low),
+            (1, high),
+            (3, state.line_control & !DIVISOR_LATCH),
+            (1, state.interrupt_enable),
+            (3, state.line_control),
+            (4, state.modem_control),
+            (7, state.scratch),
+        ];
+        for (register, value) in registers {
+            // Fails only where an interrupt cannot be raised, as for the guest's own writes.
+            let _ = serial.write(register, value);
+        }
     }
 
     /// Write a byte to a port.
@@ -112,7 +171,8 @@ mod tests {
         }
         let (ending, output) = (Arc::new(Ending::new().unwrap()), Arc::new(Mutex::new(Vec::new())));
         let line = || Line(EventFd::new(EFD_NONBLOCK).unwrap());
-        let platform = Platform::new(Box::new(Shared(output.clone())), line(), line(), ending.clone());
+        let platform =
+            Platform::new(Box::new(Shared(output.clone())), line(), line(), line(), ending.clone());
         (platform, ending, output)
     }
 
@@ -155,5 +215,18 @@ mod tests {
         let (platform, ..) = platform();
         platform.press_power_button().unwrap();
         assert_eq!(platform.button.0.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn the_serial_port_comes_back() {
+        let (before, ..) = platform();
+        for (offset, value) in [(3, 0x80), (0, 12), (1, 1), (3, 0x03), (1, 0x02), (4, 0x0b), (7, 0x5a)] {
+            before.write(layout::COM1 + offset, value);
+        }
+        let (after, _, output) = platform();
+        after.restore(&before.save());
+        assert_eq!(after.save(), before.save());
+        assert_eq!((after.read(layout::COM1 + 7), after.read(layout::COM1 + 1)), (0x5a, 0x02));
+        assert!(output.lock().unwrap().is_empty(), "nothing is sent twice");
     }
 }

@@ -152,6 +152,8 @@ impl Boot {
             },
             control: Some(lab.dirs.node_socket(name, "ctl")),
             lock: Some(state::vmm_lock(&dir)),
+            restore: None,
+            paused: false,
         })
     }
 

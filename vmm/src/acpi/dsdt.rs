@@ -10,12 +10,14 @@ use acpi_tables::{
 };
 
 use super::{Machine, OEM, OEM_REVISION, OEM_TABLE, bytes};
-use crate::layout::{self, COM1, COM1_IRQ, GED_IRQ};
+use crate::layout::{self, COM1, COM1_IRQ, GED_IRQ, GENERATION_ID, GENERATION_IRQ};
 
 /// Type of the sleep state S5, written to the sleep control register (ACPI 6.5 §4.8.3.7).
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// Notification of a pressed power button (ACPI 6.5 §5.6.6).
 const POWER_BUTTON_PRESSED: u8 = 0x80;
+/// Notification of a generation id that has changed (Microsoft, Virtual Machine Generation ID).
+const GENERATION_CHANGED: u8 = 0x80;
 /// Length of the DSDT's header, which is that of any table.
 const HEADER: u32 = 36;
 
@@ -37,6 +39,8 @@ fn system_bus(machine: &Machine) -> Vec<u8> {
     devices.extend(reserved());
     devices.extend(serial());
     devices.extend(power_button());
+    devices.extend(generation_id());
+    devices.extend(events());
     Scope::raw("_SB_".into(), devices)
 }
 
@@ -95,26 +99,48 @@ fn serial() -> Vec<u8> {
     ))
 }
 
-/// The power button, and the generic event device that says when it is pressed (ACPI 6.5 §5.6.9).
 fn power_button() -> Vec<u8> {
-    let mut aml = bytes(&Device::new(
+    bytes(&Device::new(
         "PWRB".into(),
         vec![&Name::new("_HID".into(), &EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &0u8)],
-    ));
-    let irq = Interrupt::new(true, true, false, false, GED_IRQ);
-    let path = Path::new("\\_SB_.PWRB");
-    let pressed = Notify::new(&path, &POWER_BUTTON_PRESSED);
+    ))
+}
+
+/// The VM generation id: where 16 bytes lie that are others in every copy of the machine, so that the guest's kernel draws
+/// new random numbers (Microsoft, Virtual Machine Generation ID; Linux finds it by the `_CID`).
+fn generation_id() -> Vec<u8> {
+    let address = Package::new(vec![&(GENERATION_ID as u32), &0u32]);
+    bytes(&Device::new(
+        "VGEN".into(),
+        vec![
+            &Name::new("_HID".into(), &"LABVGEN"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &address),
+        ],
+    ))
+}
+
+/// The generic event device, which says what has happened to the button and to the generation id (ACPI 6.5 §5.6.9).
+fn events() -> Vec<u8> {
+    let edge = |number| Interrupt::new(true, true, false, false, number);
+    let (button, generation) = (edge(GED_IRQ), edge(GENERATION_IRQ));
+    let (button_path, generation_path) = (Path::new("\\_SB_.PWRB"), Path::new("\\_SB_.VGEN"));
+    let pressed = Notify::new(&button_path, &POWER_BUTTON_PRESSED);
+    let changed = Notify::new(&generation_path, &GENERATION_CHANGED);
     let is_button = Equal::new(&Arg(0), &GED_IRQ);
-    aml.extend(bytes(&Device::new(
+    let is_generation = Equal::new(&Arg(0), &GENERATION_IRQ);
+    let on_button = If::new(&is_button, vec![&pressed]);
+    let on_generation = If::new(&is_generation, vec![&changed]);
+    bytes(&Device::new(
         "GED_".into(),
         vec![
             &Name::new("_HID".into(), &"ACPI0013"),
             &Name::new("_UID".into(), &0u8),
-            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&irq])),
-            &Method::new("_EVT".into(), 1, true, vec![&If::new(&is_button, vec![&pressed])]),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&button, &generation])),
+            &Method::new("_EVT".into(), 1, true, vec![&on_button, &on_generation]),
         ],
-    )));
-    aml
+    ))
 }
 
 #[cfg(test)]
@@ -126,7 +152,9 @@ mod tests {
     #[test]
     fn names_every_device() {
         let with = dsdt(&Machine { cpus: 1, window64: Some((layout::PCI_WINDOW64, 1 << 30)) });
-        for name in ["_S5_", "PCI0", "MBRD", "COM1", "PWRB", "GED_", "_EVT", "ACPI0013"] {
+        for name in
+            ["_S5_", "PCI0", "MBRD", "COM1", "PWRB", "VGEN", "VM_Gen_Counter", "GED_", "_EVT", "ACPI0013"]
+        {
             assert!(with.windows(name.len()).any(|w| w == name.as_bytes()), "{name}");
         }
         let without = dsdt(&Machine { cpus: 1, window64: None });

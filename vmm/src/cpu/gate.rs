@@ -8,7 +8,7 @@ use std::sync::{
 /// The gate of one machine.
 #[derive(Default)]
 pub(super) struct Gate {
-    /// Whether `state` must be looked at: an open gate costs no lock.
+    /// Whether `state` must be looked at.
     attention: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
@@ -41,9 +41,14 @@ pub(super) enum Pass {
 }
 
 impl Gate {
+    /// Whether a CPU may pass without waiting. Costs no lock.
+    pub fn is_open(&self) -> bool {
+        !self.attention.load(Ordering::SeqCst)
+    }
+
     /// Let CPU `index` through as soon as the gate is open.
     pub fn pass(&self, index: usize) -> Pass {
-        if !self.attention.load(Ordering::SeqCst) {
+        if self.is_open() {
             return Pass::Through;
         }
         let mut state = self.state();

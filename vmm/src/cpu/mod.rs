@@ -1,16 +1,18 @@
 //! Virtual CPUs: one thread each, which runs the guest and serves its exits. What a CPU is (`cpuid`) and where it
-//! starts (`registers`) are beside it; `gate` holds the threads while the machine is paused.
+//! starts (`registers`) are beside it; `gate` holds the threads while the machine is paused, `state` is what a snapshot
+//! keeps of a CPU.
 
 pub mod cpuid;
 mod gate;
 pub mod registers;
+pub mod state;
 
 use std::{
     cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
     ptr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering, fence},
     },
     thread::{self, JoinHandle},
@@ -72,7 +74,13 @@ pub struct Counters {
 /// All running CPUs.
 pub struct Cpus {
     threads: Vec<JoinHandle<()>>,
+    /// The same CPUs; a thread holds its own except while it waits at the gate.
+    cpus: Vec<Arc<Mutex<VcpuFd>>>,
     gate: Arc<Gate>,
+}
+
+fn lock(cpu: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    cpu.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What the CPU threads share.
@@ -105,14 +113,18 @@ extern "C" fn kicked(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_vo
 }
 
 impl Cpus {
-    /// Run the machine: every CPU in a thread of its own.
-    pub fn start(cpus: Vec<VcpuFd>, around: &Surroundings) -> Result<Self, Error> {
+    /// Run the machine: every CPU in a thread of its own. If it is to be `paused`, they wait for [`Self::resume`].
+    pub fn start(cpus: Vec<VcpuFd>, around: &Surroundings, paused: bool) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), kicked).map_err(|e| Error::Thread(e.into()))?;
-        let mut started = Self { threads: Vec::with_capacity(cpus.len()), gate: Arc::default() };
-        for (index, mut cpu) in cpus.into_iter().enumerate() {
+        let cpus: Vec<_> = cpus.into_iter().map(|cpu| Arc::new(Mutex::new(cpu))).collect();
+        let mut started = Self { threads: Vec::with_capacity(cpus.len()), cpus, gate: Arc::default() };
+        if paused {
+            started.gate.close();
+        }
+        for (index, cpu) in started.cpus.clone().into_iter().enumerate() {
             let (around, gate) = (around.clone(), started.gate.clone());
             let body = move || {
-                let run = AssertUnwindSafe(|| run(index, &mut cpu, &around, &gate));
+                let run = AssertUnwindSafe(|| run(index, &cpu, &around, &gate));
                 if catch_unwind(run).is_err() {
                     around.ending.fail(format!("CPU {index}'s thread panicked: a bug in lab-vmm"));
                 }
@@ -135,6 +147,11 @@ impl Cpus {
     pub fn pause(&self) -> Result<(), Error> {
         self.gate.close();
         self.until(|index, thread| self.gate.waits(index) || thread.is_finished())
+    }
+
+    /// The state of all CPUs, which are paused. `msrs` are those that KVM knows.
+    pub fn save(&self, msrs: &[u32]) -> Result<Vec<state::CpuState>, Error> {
+        self.cpus.iter().map(|cpu| state::save(&lock(cpu), msrs)).collect()
     }
 
     /// Go on after a pause.
@@ -173,28 +190,43 @@ impl Cpus {
 }
 
 /// Run the guest until the machine ends.
-fn run(index: usize, cpu: &mut VcpuFd, around: &Surroundings, gate: &Gate) {
+fn run(index: usize, shared: &Mutex<VcpuFd>, around: &Surroundings, gate: &Gate) {
+    let mut cpu = lock(shared);
     IMMEDIATE_EXIT.set(&raw mut cpu.get_kvm_run().immediate_exit);
     let counters = &around.counters;
     if index == 0 {
         counters.first_run_us.store(around.started.elapsed().as_micros() as u64, Ordering::Relaxed);
     }
+    // Whether KVM has taken in what the last exit was answered with: it does when it runs the next time, and the state
+    // of the CPU is whole only then (KVM API §4.10).
+    let mut settled = true;
     while !around.ending.is_decided() {
-        match gate.pass(index) {
-            Pass::Through => {}
-            Pass::Waited => {
-                // So that the guest's watchdogs forgive the gap; a guest without KVM's clock has none to tell.
-                let _ = cpu.kvmclock_ctrl();
+        if !gate.is_open() {
+            if settled {
+                drop(cpu);
+                let pass = gate.pass(index);
+                cpu = lock(shared);
+                match pass {
+                    Pass::Through => {}
+                    Pass::Waited => {
+                        // So that the guest's watchdogs forgive the gap; a guest without KVM's clock has none to tell.
+                        let _ = cpu.kvmclock_ctrl();
+                    }
+                    Pass::Ended => return,
+                }
+            } else {
+                // Takes it in, and comes back before the guest runs.
+                cpu.set_kvm_immediate_exit(1);
             }
-            Pass::Ended => return,
         }
+        settled = false;
         match cpu.run() {
             Ok(VcpuExit::IoOut(port, data)) => around.bus.io_write(port, data),
             Ok(VcpuExit::IoIn(port, data)) => around.bus.io_read(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => around.bus.mmio_read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => around.bus.mmio_write(address, data),
             Ok(VcpuExit::Shutdown) => around.ending.triple_fault(),
-            Ok(VcpuExit::InternalError) => around.ending.fail(internal_error(index, cpu)),
+            Ok(VcpuExit::InternalError) => around.ending.fail(internal_error(index, &mut cpu)),
             Ok(VcpuExit::FailEntry(reason, _)) => around
                 .ending
                 .fail(format!("CPU {index} cannot enter the guest: the processor says {reason:#x}")),
@@ -205,6 +237,7 @@ fn run(index: usize, cpu: &mut VcpuFd, around: &Surroundings, gate: &Gate) {
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 cpu.set_kvm_immediate_exit(0);
+                settled = true;
                 continue;
             }
             Err(error) => around.ending.fail(format!("CPU {index} cannot run: {error}")),

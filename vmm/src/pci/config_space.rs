@@ -68,6 +68,11 @@ impl ConfigSpace {
         at as u16
     }
 
+    /// All of it.
+    pub fn bytes(&self) -> &[u8; 256] {
+        &self.bytes
+    }
+
     /// Where the BAR is decoded, if it is.
     pub fn bar(&self) -> Option<u64> {
         let decoded = self.bytes.get(COMMAND)? & COMMAND_MEMORY != 0;

@@ -1,6 +1,6 @@
 //! Device 0: the host bridge, there because Linux looks for one before it trusts a bus.
 
-use super::{Function, config_space::ConfigSpace};
+use super::{Function, FunctionState, config_space::ConfigSpace};
 
 /// Red Hat's "QEMU PCIe Host bridge", which needs no driver.
 const VENDOR: u16 = 0x1b36;
@@ -41,4 +41,16 @@ impl Function for HostBridge {
     fn pause(&mut self) {}
     fn resume(&mut self) {}
     fn stop(&mut self) {}
+    fn save(&mut self) -> Result<FunctionState, String> {
+        Ok(FunctionState::Plain { space: self.0.bytes().to_vec() })
+    }
+    fn restore(&mut self, state: &FunctionState) -> Result<(), String> {
+        match state {
+            FunctionState::Plain { space } => self.0.write(0, space.get(..256).unwrap_or(space)),
+            FunctionState::Virtio(_) => {
+                return Err("it has a virtio device in the place of the host bridge".into());
+            }
+        }
+        Ok(())
+    }
 }

@@ -11,10 +11,27 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use crate::layout::{ECAM, ECAM_SIZE};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    layout::{ECAM, ECAM_SIZE},
+    virtio::transport::state::TransportState,
+};
 
 /// Most devices on the bus, host bridge included.
 pub const SLOTS: usize = 32;
+
+/// What a snapshot keeps of a function.
+#[derive(Serialize, Deserialize)]
+pub enum FunctionState {
+    /// One that has only configuration space.
+    Plain {
+        /// Its first 256 bytes.
+        space: Vec<u8>,
+    },
+    /// A virtio device.
+    Virtio(Box<TransportState>),
+}
 
 /// A PCI function. Offsets are within the function's 4 KiB of configuration space, or within its BAR; `data` is 1 to 8
 /// bytes and lies inside.
@@ -37,6 +54,10 @@ pub trait Function: Send {
     fn resume(&mut self);
     /// The machine ends: stop working, put everything away.
     fn stop(&mut self);
+    /// The state of the function, which stands still; an error says what keeps it from being saved.
+    fn save(&mut self) -> Result<FunctionState, String>;
+    /// Become what another machine's function in the same place was, and stand still. An error says what does not suit.
+    fn restore(&mut self, state: &FunctionState) -> Result<(), String>;
 }
 
 struct Slot {
@@ -128,6 +149,25 @@ impl PciBus {
         self.slots.iter().for_each(|slot| slot.function().resume());
     }
 
+    /// The state of every device; all stand still.
+    pub fn save(&self) -> Result<Vec<FunctionState>, String> {
+        self.slots.iter().map(|slot| slot.function().save()).collect()
+    }
+
+    /// Let the devices, which the guest has not seen yet, become those of another machine, standing still.
+    pub fn restore(&self, states: &[FunctionState]) -> Result<(), String> {
+        if states.len() != self.slots.len() {
+            let (theirs, ours) = (states.len(), self.slots.len());
+            return Err(format!("it has {theirs} devices where {ours} are asked for"));
+        }
+        for (slot, state) in self.slots.iter().zip(states) {
+            let mut function = slot.function();
+            function.restore(state)?;
+            slot.bar.store(function.bar().unwrap_or(NOT_DECODED), Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// The machine ends: stop every device.
     pub fn stop(&self) {
         for slot in &self.slots {
@@ -168,6 +208,12 @@ mod tests {
         fn pause(&mut self) {}
         fn resume(&mut self) {}
         fn stop(&mut self) {}
+        fn save(&mut self) -> Result<FunctionState, String> {
+            Ok(FunctionState::Plain { space: self.0.bytes().to_vec() })
+        }
+        fn restore(&mut self, _: &FunctionState) -> Result<(), String> {
+            Ok(())
+        }
     }
 
     fn bus() -> PciBus {

@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::wires::{Message, Wires};
@@ -30,6 +31,13 @@ struct Vector {
     line: Option<EventFd>,
     /// The message that `gsi` sends.
     routed: Option<Message>,
+}
+
+/// What a snapshot keeps of a vector.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VectorState {
+    entry: [u8; ENTRY],
+    pending: bool,
 }
 
 struct State {
@@ -130,6 +138,21 @@ impl Msix {
             }
             state.connect(index, &*self.wires);
         }
+    }
+
+    /// The state of all vectors; the control register is in configuration space.
+    pub fn save(&self) -> Vec<VectorState> {
+        let state = |vector: &Vector| VectorState { entry: vector.entry, pending: vector.pending };
+        self.state().vectors.iter().map(state).collect()
+    }
+
+    /// Become what [`Self::save`] told of another machine's, under the message control register `control`.
+    pub fn restore(&self, vectors: &[VectorState], control: u16) {
+        for (vector, saved) in self.state().vectors.iter_mut().zip(vectors) {
+            vector.entry = saved.entry;
+            vector.pending = saved.pending;
+        }
+        self.set_control(control);
     }
 
     /// A guest's read of the table; bytes past its end read as zero.

@@ -1,6 +1,7 @@
 //! The common configuration structure of virtio-pci (virtio 1.3 §4.1.4.3): feature negotiation, device status and the
 //! setting up of queues. Accesses may have any offset and width.
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 
@@ -72,7 +73,7 @@ const FIELDS: [(Field, usize, usize); 16] = [
 ];
 
 /// What the driver has said of a queue.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct QueueConfig {
     /// Largest size.
     pub max_size: u16,
@@ -121,7 +122,7 @@ pub enum Effect {
 }
 
 /// The structure.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct CommonConfig {
     offered: u64,
     vectors: u16,
@@ -156,6 +157,17 @@ impl CommonConfig {
     pub fn reset(&mut self) {
         let sizes: Vec<_> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.offered, &sizes, self.vectors);
+    }
+
+    /// Whether `other` belongs to a device of the same kind: the same features, queues and vectors.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let sizes = |config: &Self| config.queues.iter().map(|queue| queue.max_size).collect::<Vec<_>>();
+        (self.offered, self.vectors, sizes(self)) == (other.offered, other.vectors, sizes(other))
+    }
+
+    /// MSI-X vector of configuration changes.
+    pub fn config_vector(&self) -> u16 {
+        self.config_vector
     }
 
     /// The features that were negotiated.

@@ -9,7 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Activation, Error, VirtioDevice,
+    Activation, Error, VirtioDevice, Working,
     queue::{COMMON_FEATURES, DeviceQueue, Given, read_config},
     segments::Segments,
     worker::{BACK_END, Fault, Handler, Poll, Worker},
@@ -78,14 +78,8 @@ impl VirtioDevice for Console {
         Ok(())
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Working)
     }
 
     fn reset(&mut self) {
@@ -206,6 +200,10 @@ impl Handler for ConsoleHandler {
             }
             _ => self.print(),
         }
+    }
+
+    fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+        vec![&mut self.receive, &mut self.transmit]
     }
 }
 

@@ -5,7 +5,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Activation, Error, VirtioDevice,
+    Activation, Error, VirtioDevice, Working,
     queue::{COMMON_FEATURES, DeviceQueue, Given},
     worker::{Fault, Handler, Poll, Worker},
 };
@@ -58,14 +58,8 @@ impl VirtioDevice for Entropy {
         Ok(())
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Working)
     }
 
     fn reset(&mut self) {
@@ -118,6 +112,10 @@ impl Handler for EntropyHandler {
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), Fault> {
         self.work()
+    }
+
+    fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+        vec![&mut self.queue]
     }
 }
 

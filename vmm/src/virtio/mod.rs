@@ -24,6 +24,9 @@ use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use queue::Position;
+pub use worker::Working;
+
 /// Why a device could not be made, activated or reset.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -64,6 +67,8 @@ pub struct Activation {
     pub queues: Vec<(Queue, EventFd)>,
     /// Its interrupts.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Whether the driver knows the device already, from before a snapshot.
+    pub restored: bool,
 }
 
 /// A virtio device behind any transport.
@@ -82,11 +87,27 @@ pub trait VirtioDevice: Send {
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Start working: spawn the device's thread. Called again after `reset`.
     fn activate(&mut self, activation: Activation) -> Result<(), Error>;
+    /// Its thread, while it is activated.
+    fn worker(&mut self) -> Option<&mut dyn Working>;
     /// Finish the request under way and stand still until [`Self::resume`]; no CPU runs meanwhile. Harmless if the
     /// device was never activated or is paused already.
-    fn pause(&mut self);
+    fn pause(&mut self) {
+        if let Some(worker) = self.worker() {
+            worker.pause();
+        }
+    }
     /// Go on with what has come in since [`Self::pause`].
-    fn resume(&mut self) -> Result<(), Error>;
+    fn resume(&mut self) -> Result<(), Error> {
+        self.worker().map_or(Ok(()), |worker| worker.resume())
+    }
+    /// Leave in its files what a snapshot does not hold; the device is paused.
+    fn write_out(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+    /// How far the paused device has come in each of its queues; nothing if it does not work.
+    fn positions(&mut self) -> Vec<Position> {
+        self.worker().map_or_else(Vec::new, |worker| worker.positions())
+    }
     /// Stop working and forget the driver: the thread has ended, with requests under way completed or dropped, when
     /// this returns. Must be quick (a vCPU waits) and harmless if the device was never activated. Also called at the
     /// machine's end: a disk has written and closed everything when it returns.

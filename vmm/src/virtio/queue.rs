@@ -22,6 +22,9 @@ pub(crate) const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 /// Longest chain taken, in pieces of host memory: what one `preadv` takes (IOV_MAX), and more than any driver sends.
 pub(crate) const MAX_PIECES: usize = 1024;
 
+/// How far a device has come in a queue: chains taken from the driver and given back, modulo 2^16.
+pub type Position = (u16, u16);
+
 /// What a driver gave a device of `N` queues.
 pub(crate) struct Given<const N: usize> {
     /// Guest memory.
@@ -32,12 +35,14 @@ pub(crate) struct Given<const N: usize> {
     pub queues: [DeviceQueue; N],
     /// Its interrupts.
     pub interrupt: Arc<dyn Interrupt>,
+    /// Whether the driver knows the device from before a snapshot.
+    pub restored: bool,
 }
 
 impl<const N: usize> Given<N> {
     /// Takes an activation apart.
     pub fn new(device: &str, activation: Activation) -> Result<Self, Error> {
-        let Activation { memory, features, queues, interrupt } = activation;
+        let Activation { memory, features, queues, interrupt, restored } = activation;
         let event_idx = features & 1 << virtio_ring::VIRTIO_RING_F_EVENT_IDX != 0;
         let queues: Vec<DeviceQueue> = (0u16..)
             .zip(queues)
@@ -50,7 +55,7 @@ impl<const N: usize> Given<N> {
         let queues = queues
             .try_into()
             .map_err(|_| Error::Device(format!("{device}: activated with {given} queues instead of {N}")))?;
-        Ok(Self { memory, features, queues, interrupt })
+        Ok(Self { memory, features, queues, interrupt, restored })
     }
 }
 
@@ -121,6 +126,11 @@ impl DeviceQueue {
     /// Puts the last chain back that [`Self::pop`] gave: it will come again.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
+    }
+
+    /// How far the device has come.
+    pub fn position(&self) -> Position {
+        (self.queue.next_avail(), self.queue.next_used())
     }
 
     /// Gives a chain back, with `length` bytes written to it.

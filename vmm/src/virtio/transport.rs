@@ -9,6 +9,10 @@
 //!         0x5000  MSI-X pending bits
 //! ```
 
+pub mod state;
+#[cfg(test)]
+mod tests;
+
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::{
@@ -24,10 +28,11 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     Activation, Error, Interrupt, VirtioDevice, capabilities,
     common_config::{CommonConfig, Effect, status},
+    queue::Position,
 };
 use crate::{
     pci::{
-        Function,
+        Function, FunctionState,
         config_space::ConfigSpace,
         msix::{Msix, NO_VECTOR},
         wires::Wires,
@@ -120,6 +125,8 @@ pub struct VirtioPci {
     /// Where the doorbells are registered.
     doorbells_at: Option<u64>,
     active: bool,
+    /// Of a device that a snapshot had at work and that has not gone on yet: how far it had come in its queues.
+    restored: Option<Vec<Position>>,
 }
 
 /// MSI-X vectors of a device: one a queue, and one for configuration changes.
@@ -171,6 +178,7 @@ impl VirtioPci {
             doorbells: Vec::new(),
             doorbells_at: None,
             active: false,
+            restored: None,
         }
     }
 
@@ -189,7 +197,7 @@ impl VirtioPci {
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::Reset => self.reset(),
-            Effect::Activate => self.activate(),
+            Effect::Activate => self.activate(None),
             Effect::ConfigVector(vector) => self.shared.config_vector.store(vector, Ordering::Release),
             Effect::QueueVector(queue, vector) => {
                 if let Some(slot) = self.shared.queue_vectors.get(usize::from(queue)) {
@@ -199,18 +207,25 @@ impl VirtioPci {
         }
     }
 
-    fn activate(&mut self) {
+    /// Start the device, at `positions` of its queues if it was restored.
+    fn activate(&mut self, positions: Option<&[Position]>) {
         let features = self.common.features();
         let mut queues = Vec::with_capacity(self.common.queues.len());
         for (index, config) in self.common.queues.iter().enumerate() {
             let queue =
                 config.build(features).filter(|queue| !config.enabled || queue.is_valid(&self.memory));
-            let (Some(queue), Ok(doorbell)) = (queue, EventFd::new(EFD_NONBLOCK)) else {
+            let (Some(mut queue), Ok(doorbell)) = (queue, EventFd::new(EFD_NONBLOCK)) else {
                 // Rings outside of memory, or a size that is none.
                 self.doorbells.clear();
                 self.shared.needs_reset();
                 return;
             };
+            if let Some((taken, given)) = positions.and_then(|positions| positions.get(index)) {
+                queue.set_next_avail(*taken);
+                queue.set_next_used(*given);
+                // Rings may have been lost between the snapshot's last look at them and its end.
+                let _ = doorbell.write(1);
+            }
             if config.enabled
                 && let Ok(bell) = doorbell.try_clone()
             {
@@ -221,7 +236,8 @@ impl VirtioPci {
         self.active = true;
         self.place_doorbells();
         let interrupt = self.shared.clone();
-        let activation = Activation { memory: self.memory.clone(), features, queues, interrupt };
+        let restored = positions.is_some();
+        let activation = Activation { memory: self.memory.clone(), features, queues, interrupt, restored };
         self.guarded(|device| device.activate(activation));
     }
 
@@ -233,6 +249,7 @@ impl VirtioPci {
             });
             self.active = false;
         }
+        self.restored = None;
         self.remove_doorbells();
         self.doorbells.clear();
         self.common.reset();
@@ -392,7 +409,30 @@ impl Function for VirtioPci {
     }
 
     fn resume(&mut self) {
-        self.guarded(|device| device.resume());
+        let Some(positions) = self.restored.take() else {
+            self.guarded(|device| device.resume());
+            return;
+        };
+        self.activate(Some(&positions));
+        // Interrupts may have been lost, too; drivers look and find nothing new.
+        for queue in 0..self.shared.queue_vectors.len() {
+            self.shared.signal_queue(queue as u16);
+        }
+        self.shared.signal_config();
+    }
+
+    fn save(&mut self) -> Result<FunctionState, String> {
+        self.device.write_out().map_err(|error| error.to_string())?;
+        Ok(FunctionState::Virtio(Box::new(self.state())))
+    }
+
+    fn restore(&mut self, state: &FunctionState) -> Result<(), String> {
+        match state {
+            FunctionState::Virtio(state) => self.set_state(state),
+            FunctionState::Plain { .. } => {
+                Err(format!("it has something else in the place of {}", self.device.name()))
+            }
+        }
     }
 
     fn stop(&mut self) {
@@ -404,7 +444,3 @@ impl Function for VirtioPci {
         });
     }
 }
-
-#[cfg(test)]
-#[path = "transport_tests.rs"]
-mod tests;

@@ -17,7 +17,10 @@ use vmm_sys_util::{
     eventfd::{EFD_NONBLOCK, EventFd},
 };
 
-use super::{Error, Interrupt};
+use super::{
+    Error, Interrupt,
+    queue::{DeviceQueue, Position},
+};
 use crate::say::say;
 
 /// First token that is not a queue's doorbell: doorbells use the queue's index.
@@ -35,6 +38,20 @@ pub(crate) trait Handler: Send + 'static {
     fn start(&mut self, poll: &Poll) -> Result<(), Fault>;
     /// Handles one event. Must come back after bounded work, so that the end of the thread is seen.
     fn ready(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), Fault>;
+    /// Its queues, in order.
+    fn queues(&mut self) -> Vec<&mut DeviceQueue>;
+    /// Puts back into the queues what was taken and not finished: the device pauses.
+    fn put_back(&mut self) {}
+}
+
+/// A thread of a device, whatever its handler is.
+pub trait Working {
+    /// See [`VirtioDevice::pause`](super::VirtioDevice::pause).
+    fn pause(&mut self);
+    /// See [`VirtioDevice::resume`](super::VirtioDevice::resume).
+    fn resume(&mut self) -> Result<(), Error>;
+    /// See [`VirtioDevice::positions`](super::VirtioDevice::positions).
+    fn positions(&mut self) -> Vec<Position>;
 }
 
 /// Why a device stops working until the driver resets it.
@@ -150,32 +167,11 @@ impl<H: Handler> Worker<H> {
         Ok(())
     }
 
-    /// Has the thread finish what it is at, and keeps its handler.
-    pub fn pause(&mut self) {
-        let thread = match std::mem::replace(&mut self.state, State::Lost) {
-            State::Working(thread) => thread,
-            other => {
-                self.state = other;
-                return;
-            }
-        };
-        // Fails only if the counter is at its end, and then the event is there.
-        let _ = self.stop.write(1);
-        if let Ok(resting) = thread.join() {
-            // Not to be seen by the next thread.
-            let _ = self.stop.read();
-            self.state = State::Resting(resting);
-        }
-    }
-
-    /// Goes on after a pause, with what has come in meanwhile.
-    pub fn resume(&mut self) -> Result<(), Error> {
-        match std::mem::replace(&mut self.state, State::Lost) {
-            State::Resting(resting) if !resting.faulted => self.start(resting, false),
-            other => {
-                self.state = other;
-                Ok(())
-            }
+    /// The handler, while no thread has it.
+    pub fn at_rest(&mut self) -> Option<&mut H> {
+        match &mut self.state {
+            State::Resting(resting) => Some(&mut resting.handler),
+            State::Working(_) | State::Lost => None,
         }
     }
 
@@ -185,6 +181,49 @@ impl<H: Handler> Worker<H> {
         match self.state {
             State::Resting(resting) => Some(resting.handler),
             State::Working(_) | State::Lost => None,
+        }
+    }
+}
+
+impl<H: Handler> Working for Worker<H> {
+    fn pause(&mut self) {
+        let thread = match std::mem::replace(&mut self.state, State::Lost) {
+            State::Working(thread) => thread,
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        // Fails only if the counter is at its end, and then the event is there.
+        let _ = self.stop.write(1);
+        if let Ok(mut resting) = thread.join() {
+            // Not to be seen by the next thread.
+            let _ = self.stop.read();
+            resting.handler.put_back();
+            self.state = State::Resting(resting);
+        }
+    }
+
+    fn resume(&mut self) -> Result<(), Error> {
+        match std::mem::replace(&mut self.state, State::Lost) {
+            State::Resting(mut resting) if !resting.faulted => {
+                // What was put back has been rung for already.
+                resting.handler.queues().iter().for_each(|queue| queue.ring());
+                self.start(resting, false)
+            }
+            other => {
+                self.state = other;
+                Ok(())
+            }
+        }
+    }
+
+    fn positions(&mut self) -> Vec<Position> {
+        match &mut self.state {
+            State::Resting(resting) if !resting.faulted => {
+                resting.handler.queues().iter().map(|queue| queue.position()).collect()
+            }
+            _ => Vec::new(),
         }
     }
 }
@@ -233,6 +272,10 @@ mod tests {
     }
 
     impl Handler for Failing {
+        fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+            Vec::new()
+        }
+
         fn start(&mut self, poll: &Poll) -> Result<(), Fault> {
             poll.add(&self.bell, EventSet::IN, 0).unwrap();
             Ok(())
@@ -265,6 +308,10 @@ mod tests {
     }
 
     impl Handler for Counting {
+        fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+            Vec::new()
+        }
+
         fn start(&mut self, poll: &Poll) -> Result<(), Fault> {
             poll.add(&self.bell, EventSet::IN | EventSet::EDGE_TRIGGERED, 0).unwrap();
             Ok(())

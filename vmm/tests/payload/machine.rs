@@ -3,6 +3,7 @@
 use std::{os::unix::net::UnixStream, process::Command};
 
 use lab_vmm::{
+    config::VsockConfig,
     control::{Action, Reply},
     lock::Lock,
 };
@@ -143,6 +144,91 @@ fn a_paused_machine_stands_still() {
     assert_eq!(bench.ask(Action::Kill), Reply::Done);
     let output = running.end();
     assert!(output.status.success(), "{}", stderr(&output));
+}
+
+/// Counts in memory and says each number, one byte, for ever.
+fn counting() -> Vec<u8> {
+    let counter = 0x20_0000u32.to_le_bytes();
+    // inc dword [counter]; mov al, [counter]; mov dx, COM1; out dx, al; jmp back over these 16 bytes
+    let code = Code::default().raw(&[0xff, 0x05]).raw(&counter).raw(&[0xa0]).raw(&counter);
+    elf(&code.raw(&[0x66, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xee]))
+}
+
+#[test]
+fn a_snapshot_goes_on_where_it_was_made() {
+    if !kvm() {
+        return;
+    }
+    let mut bench = Bench::new(&counting());
+    bench.config.cpus = 2;
+    let mut running = bench.start();
+    let log = bench.path("log");
+    let numbers = || std::fs::read(&log).unwrap_or_default();
+    for round in 0..5 {
+        let before = numbers().len();
+        wait(|| numbers().len() > before + 3, || format!("it said {} numbers", numbers().len()));
+        let folder = bench.path(&format!("snapshot{round}"));
+        std::fs::create_dir(&folder).unwrap();
+        assert_eq!(bench.ask(Action::Pause), Reply::Done);
+        assert_eq!(bench.ask(Action::Save { folder: folder.clone() }), Reply::Done);
+        assert_eq!(bench.ask(Action::Kill), Reply::Done);
+        assert!(running.end().status.success());
+        // A copy, so that nothing depends on the machine that was.
+        let copy = bench.path("copy");
+        let _ = std::fs::remove_dir_all(&copy);
+        std::fs::rename(&folder, &copy).unwrap();
+        bench.config.restore = Some(copy);
+        bench.config.paused = round % 2 == 0;
+        running = bench.start();
+        if bench.config.paused {
+            wait(|| bench.path("control").exists(), || "there is no control socket".into());
+            assert!(matches!(bench.ask(Action::Status), Reply::Status(status) if status.paused));
+            assert_eq!(bench.ask(Action::Resume), Reply::Done);
+        }
+    }
+    let before = numbers().len();
+    wait(|| numbers().len() > before + 3, || "the last one says nothing".into());
+    let said = numbers();
+    let lost = (1usize..).zip(&said).find(|(number, byte)| number % 256 != usize::from(**byte));
+    assert_eq!(lost, None, "of {} numbers, one was lost or said twice", said.len());
+}
+
+#[test]
+fn snapshots_that_do_not_suit_are_refused() {
+    if !kvm() {
+        return;
+    }
+    let mut bench = Bench::new(&counting());
+    let running = bench.start();
+    bench.wait_for("\u{1}");
+    let folder = bench.path("snapshot");
+    let reply = bench.ask(Action::Save { folder: folder.clone() });
+    assert!(matches!(&reply, Reply::Error(why) if why.contains("snapshot/memory")), "{reply:?}");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(bench.ask(Action::Save { folder: folder.clone() }), Reply::Done);
+    assert!(matches!(bench.ask(Action::Status), Reply::Status(status) if !status.paused));
+    assert_eq!(bench.ask(Action::Kill), Reply::Done);
+    running.end();
+    bench.config.restore = Some(folder.clone());
+    let refused = |bench: &Bench, says: &str| {
+        let output = bench.start().end();
+        assert!(!output.status.success() && stderr(&output).contains(says), "{}", stderr(&output));
+    };
+    bench.config.memory_mib = 64;
+    refused(&bench, "it is of a machine with 1 CPUs and 32 MiB, not with 1 and 64");
+    bench.config.memory_mib = 32;
+    bench.config.vsock = Some(VsockConfig { cid: 3, socket: bench.path("vsock"), notify_port: None });
+    refused(&bench, "it has 3 devices where 4 are asked for");
+    bench.config.vsock = None;
+    let state = std::fs::read(folder.join("state")).unwrap();
+    std::fs::write(folder.join("state"), &state[..state.len() / 2]).unwrap();
+    refused(&bench, "bytes long");
+    std::fs::remove_file(folder.join("state")).unwrap();
+    refused(&bench, "cannot read");
+    std::fs::write(folder.join("state"), &state).unwrap();
+    let memory = std::fs::OpenOptions::new().write(true).open(folder.join("memory")).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&memory, b"?", 0x10_0000).unwrap();
+    refused(&bench, "its checksum is wrong between 0 and 2 MiB: it is damaged");
 }
 
 #[test]

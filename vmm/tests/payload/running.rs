@@ -52,6 +52,8 @@ impl Bench {
             console: ConsoleConfig { log: Some(at("log")), ..Default::default() },
             control: Some(at("control")),
             lock: Some(at("lock")),
+            restore: None,
+            paused: false,
         };
         Self { folder, config }
     }

@@ -66,6 +66,13 @@ impl Image {
         }
     }
 
+    /// The file on top.
+    pub fn file(&self) -> &File {
+        match self {
+            Self::Raw { file, .. } | Self::Qcow2 { file, .. } => file,
+        }
+    }
+
     /// Size of the disk in bytes.
     pub fn size(&self) -> u64 {
         match self {

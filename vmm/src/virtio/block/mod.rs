@@ -6,8 +6,9 @@ mod request;
 #[cfg(test)]
 mod tests;
 
-use std::{io, sync::Arc};
+use std::{fs, io, os::unix::fs::MetadataExt, sync::Arc};
 
+use rustix::fs::{FlockOperation, flock};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
@@ -16,7 +17,7 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Activation, Error, VirtioDevice,
+    Activation, Error, VirtioDevice, Working,
     counters::Counters,
     queue::{COMMON_FEATURES, DeviceQueue, Given, read_config},
     worker::{Fault, Handler, Poll, Worker, complain},
@@ -83,12 +84,20 @@ impl Block {
                 device: format!("disk {path}"),
                 serial: name.to_owned(),
                 sectors,
-                read_only: config.read_only,
+                source: config.clone(),
                 image,
                 counters,
             }),
             worker: None,
         })
+    }
+
+    /// The disk, unless a thread has it.
+    fn disk_at_rest(&mut self) -> Option<&mut Disk> {
+        match &mut self.worker {
+            Some(worker) => worker.at_rest().map(|handler| &mut handler.disk),
+            None => self.disk.as_mut(),
+        }
     }
 
     /// Requests, bytes read, bytes written.
@@ -152,13 +161,23 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.pause();
-        }
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Working)
     }
 
+    /// Leaves in the file all that the guest has written, so that it can be frozen.
+    fn write_out(&mut self) -> Result<(), Error> {
+        let Some(disk) = self.disk_at_rest().filter(|disk| !disk.source.read_only) else { return Ok(()) };
+        disk.image.write_metadata().map_err(|source| Error::Io {
+            device: disk.device.clone(),
+            action: "write its metadata",
+            source,
+        })
+    }
+
+    /// Goes on in the file that is at the disk's path now: an overlay, if the one before was frozen.
     fn resume(&mut self) -> Result<(), Error> {
+        self.disk_at_rest().map_or(Ok(()), Disk::follow)?;
         self.worker.as_mut().map_or(Ok(()), Worker::resume)
     }
 
@@ -178,7 +197,7 @@ struct Disk {
     device: String,
     serial: String,
     sectors: u64,
-    read_only: bool,
+    source: DiskConfig,
     image: Image,
     counters: Arc<Counters<3>>,
 }
@@ -186,11 +205,35 @@ struct Disk {
 impl Disk {
     /// Writes what imago has not written yet.
     fn close(&mut self) {
-        if !self.read_only
+        if !self.source.read_only
             && let Err(e) = self.image.write_metadata()
         {
             complain(&self.device, format_args!("cannot write its metadata: {e}"));
         }
+    }
+
+    /// Opens what is at the disk's path now, if that is another file than the one that is open.
+    fn follow(&mut self) -> Result<(), Error> {
+        let error = |action, source| Error::Io { device: self.device.clone(), action, source };
+        let id = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let open = self.image.file().metadata().map(id).map_err(|e| error("look at it", e))?;
+        // A file without a name is as good as before.
+        let there = fs::metadata(&self.source.path).map(id).unwrap_or(open);
+        if self.source.read_only || there == open {
+            return Ok(());
+        }
+        // The frozen file is read as a backing file from now on.
+        flock(self.image.file(), FlockOperation::NonBlockingLockShared)
+            .map_err(|e| error("share its lock", e.into()))?;
+        let image = Image::open(&self.source)?;
+        if image.size() / SECTOR != self.sectors {
+            return Err(Error::Device(format!(
+                "{}: another one of another size lies in its place",
+                self.device
+            )));
+        }
+        self.image = image;
+        Ok(())
     }
 
     /// Does what a request asks for.
@@ -253,7 +296,8 @@ impl BlockHandler {
             let head = chain.head;
             // The status is the last byte, so all counts as written (virtio 1.3 §2.7.8).
             let length = chain.writable.len();
-            let limits = request::Limits { sectors: self.disk.sectors, read_only: self.disk.read_only };
+            let limits =
+                request::Limits { sectors: self.disk.sectors, read_only: self.disk.source.read_only };
             let (status, code) = match request::parse(chain, &limits) {
                 Ok(Ok(request)) => {
                     // What is done already must not wait for what takes long.
@@ -289,5 +333,9 @@ impl Handler for BlockHandler {
 
     fn ready(&mut self, _token: u64, _events: EventSet, _poll: &Poll) -> Result<(), Fault> {
         self.work()
+    }
+
+    fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+        vec![&mut self.queue]
     }
 }

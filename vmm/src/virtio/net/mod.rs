@@ -23,9 +23,9 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Activation, Error, Interrupt, VirtioDevice,
+    Activation, Error, Interrupt, VirtioDevice, Working,
     counters::Counters,
-    queue::{COMMON_FEATURES, Given, read_config},
+    queue::{COMMON_FEATURES, DeviceQueue, Given, read_config},
     worker::{BACK_END, Fault, Handler, Poll, Worker},
 };
 use crate::config::NetConfig;
@@ -99,7 +99,7 @@ impl Net {
     }
 
     fn handler(&self, given: Given<2>) -> NetHandler {
-        let Given { memory, features, queues: [receive, transmit], interrupt } = given;
+        let Given { memory, features, queues: [receive, transmit], interrupt, .. } = given;
         NetHandler {
             receiver: Receiver::new(receive, features, Arc::clone(&self.counters)),
             transmitter: Transmitter::new(transmit, Arc::clone(&self.counters)),
@@ -149,18 +149,14 @@ impl VirtioDevice for Net {
         self.reset();
         let given = Given::new(&self.name, activation)?;
         let interrupt = given.interrupt.clone();
+        // The guest of a snapshot had a link: it need not hear of one that is back at once.
+        self.joined.store(given.restored, Ordering::Relaxed);
         self.worker = Some(Worker::spawn(&self.name, interrupt, self.handler(given))?);
         Ok(())
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Working)
     }
 
     fn reset(&mut self) {
@@ -226,5 +222,14 @@ impl Handler for NetHandler {
                 Ok(())
             }
         }
+    }
+
+    fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+        vec![&mut self.receiver.queue, &mut self.transmitter.queue]
+    }
+
+    fn put_back(&mut self) {
+        self.receiver.put_back();
+        self.transmitter.put_back();
     }
 }

@@ -53,6 +53,14 @@ impl Receiver {
         }
     }
 
+    /// Puts the buffers back that were taken and not filled. They were the last ones taken.
+    pub fn put_back(&mut self) {
+        for _ in self.buffers.drain(..) {
+            self.queue.undo_pop();
+        }
+        self.room = 0;
+    }
+
     /// Receives as much as is there, and as there are buffers for.
     pub fn work(&mut self, memory: &GuestMemoryMmap, link: &mut Link) -> Result<(), Fault> {
         self.queue.silence(memory)?;

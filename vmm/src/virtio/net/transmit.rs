@@ -34,6 +34,13 @@ impl Transmitter {
         Self { queue, waiting: VecDeque::with_capacity(BATCH), counters }
     }
 
+    /// Puts the packets back that were taken and not sent. They were the last ones taken, but for what was no packet.
+    pub fn put_back(&mut self) {
+        for _ in self.waiting.drain(..) {
+            self.queue.undo_pop();
+        }
+    }
+
     /// Sends as much as there is, and as there is room for.
     pub fn work(&mut self, memory: &GuestMemoryMmap, link: &mut Link, poll: &Poll) -> Result<(), Fault> {
         self.queue.silence(memory)?;

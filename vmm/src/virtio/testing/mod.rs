@@ -158,7 +158,13 @@ impl Driver {
                 (queue, ring.bell.try_clone().unwrap())
             })
             .collect();
-        Activation { memory: self.memory.clone(), features, queues, interrupt: self.interrupt.clone() }
+        Activation {
+            memory: self.memory.clone(),
+            features,
+            queues,
+            interrupt: self.interrupt.clone(),
+            restored: false,
+        }
     }
 
     /// Sends chains through indirect descriptor tables from now on.

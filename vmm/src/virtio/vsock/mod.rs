@@ -14,7 +14,7 @@ mod tests;
 use std::{fs, path::PathBuf};
 
 use super::{
-    Activation, Error, VirtioDevice,
+    Activation, Error, VirtioDevice, Working,
     queue::{COMMON_FEATURES, Given, read_config},
     worker::Worker,
 };
@@ -95,14 +95,8 @@ impl VirtioDevice for Vsock {
         Ok(())
     }
 
-    fn pause(&mut self) {
-        if let Some(worker) = &mut self.worker {
-            worker.pause();
-        }
-    }
-
-    fn resume(&mut self) -> Result<(), Error> {
-        self.worker.as_mut().map_or(Ok(()), Worker::resume)
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        self.worker.as_mut().map(|worker| worker as &mut dyn Working)
     }
 
     fn reset(&mut self) {

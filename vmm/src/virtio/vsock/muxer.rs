@@ -27,6 +27,9 @@ const LISTENER: u64 = BACK_END;
 /// First token of a stream.
 const STREAMS: u64 = BACK_END + 1;
 
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, the only event there is.
+const TRANSPORT_RESET: u32 = 0;
+
 /// Most connections at once, those included that have not said where to yet.
 const MAX_CONNECTIONS: usize = 1024;
 /// Most answers to packets without a connection that wait for the guest to take them.
@@ -58,6 +61,8 @@ pub(super) struct Muxer {
     stalled: bool,
     next_token: u64,
     next_port: u32,
+    /// Whether the guest believes in connections from before a snapshot, and has to be told that they are gone.
+    restored: bool,
 }
 
 impl Muxer {
@@ -78,6 +83,7 @@ impl Muxer {
             stalled: false,
             next_token: STREAMS,
             next_port: FIRST_PORT,
+            restored: given.restored,
         }
     }
 
@@ -349,6 +355,18 @@ impl Muxer {
         self.next_token
     }
 
+    /// Tells the guest that all its connections are gone (virtio 1.3 §5.10.6.8). Its buffer for that is there since the
+    /// driver started.
+    fn tell_of_reset(&mut self) -> Result<(), Fault> {
+        let memory = self.memory.clone();
+        if let Some(chain) = self.event.pop(&memory)? {
+            let length = chain.writable.write(&TRANSPORT_RESET.to_le_bytes());
+            self.event.push(&memory, chain.head, length)?;
+            self.event.tell(&memory)?;
+        }
+        Ok(())
+    }
+
     /// Both directions, and connections that found no place before.
     fn work(&mut self, poll: &Poll) -> Result<(), Fault> {
         self.take_packets(poll)?;
@@ -368,17 +386,25 @@ impl Handler for Muxer {
         self.transmit.start(&self.memory, poll)?;
         self.event.start(&self.memory, poll)?;
         poll.add(&self.host.listener, EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER)
-            .map_err(|source| Fault::Io { action: "wait for connections", source })
+            .map_err(|source| Fault::Io { action: "wait for connections", source })?;
+        if std::mem::take(&mut self.restored) {
+            self.tell_of_reset()?;
+        }
+        Ok(())
     }
 
     fn ready(&mut self, token: u64, events: EventSet, poll: &Poll) -> Result<(), Fault> {
         match token {
-            // Nothing is ever told there: only the loss of all connections would be.
+            // The guest gives buffers; they are taken when there is something to tell.
             EVENT => return Ok(()),
             RECEIVE | TRANSMIT => {}
             LISTENER => self.acceptable = true,
             _ => self.stream_event(token, events, poll),
         }
         self.work(poll)
+    }
+
+    fn queues(&mut self) -> Vec<&mut DeviceQueue> {
+        vec![&mut self.receive, &mut self.transmit, &mut self.event]
     }
 }

@@ -9,9 +9,12 @@ use proptest::prelude::*;
 use vm_memory::GuestAddress;
 
 use super::{super::common_config::*, *};
-use crate::pci::{
-    msix,
-    wires::{Message, Recorder},
+use crate::{
+    pci::{
+        msix,
+        wires::{Message, Recorder},
+    },
+    virtio::Working,
 };
 
 #[derive(Default)]
@@ -25,6 +28,10 @@ struct Probe {
 struct Idle(Arc<Probe>);
 
 impl VirtioDevice for Idle {
+    fn worker(&mut self) -> Option<&mut dyn Working> {
+        None
+    }
+
     fn device_id(&self) -> u16 {
         4
     }
