@@ -150,6 +150,13 @@ impl Channel {
         command
     }
 
+    /// An `ssh` that runs a command in the node, without a terminal and without questions.
+    pub fn ssh_to(&self, what: &str) -> Command {
+        let mut command = self.ssh();
+        command.args(["-T", "-o", "BatchMode=yes", &self.node, what]);
+        command
+    }
+
     /// Runs a shell script in the node as root: `/bin/sh -e`, nothing on its standard input. When it has ended, what it
     /// wrote is on the node's disk. `line` is given its output, line by line, and so is the file `log`.
     pub fn script(
@@ -166,11 +173,9 @@ impl Channel {
         }
         text.push_str(script);
         text.push('\n');
-        let mut command = self.ssh();
-        command.args(["-T", "-o", "BatchMode=yes", &self.node]);
         // The script goes into a file, since what it runs may read standard input. sync: a step that is recorded as
         // done must be on the disk, whatever ends the machine.
-        command.arg(
+        let command = self.ssh_to(
             "f=$(mktemp) && cat >\"$f\" && { /bin/sh -e \"$f\" </dev/null; s=$?; rm -f \"$f\"; sync; exit $s; }",
         );
         child::run(command, text.as_bytes(), log, limit, line)
@@ -263,8 +268,7 @@ impl Channel {
 
     /// Whether a command runs.
     fn answers(&self, limit: Duration) -> Result<(), String> {
-        let mut command = self.ssh();
-        command.args(["-T", "-o", "BatchMode=yes", &self.node, "true"]);
+        let command = self.ssh_to("true");
         let limit = limit.min(Duration::from_secs(90)).max(Duration::from_secs(1));
         match child::run(command, b"", None, limit, &mut |_| ()) {
             Ok(outcome) if outcome.success() => Ok(()),

@@ -149,6 +149,12 @@ pub enum Command {
     },
     /// Print a configuration for OpenSSH with all nodes
     SshConfig,
+    /// Save the whole running lab, and bring it back
+    Snapshot {
+        /// What to do
+        #[command(subcommand)]
+        action: SnapshotAction,
+    },
     /// Work with images
     Image {
         /// What to do
@@ -196,6 +202,29 @@ pub enum ForwardAction {
     Rm {
         /// Its port on the host
         host_port: u16,
+    },
+}
+
+/// What can be done with snapshots.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotAction {
+    /// Save all nodes, running, at one instant
+    Save {
+        /// Name of the snapshot
+        name: String,
+    },
+    /// Bring the lab back to a snapshot; what it is now is lost
+    Restore {
+        /// The snapshot
+        name: String,
+    },
+    /// List the snapshots
+    Ls,
+    /// Remove snapshots
+    Rm {
+        /// The snapshots
+        #[arg(required = true)]
+        names: Vec<String>,
     },
 }
 

@@ -40,8 +40,13 @@ pub enum Error {
 
 /// Asks a `lab-vmm`.
 pub fn ask_vmm(socket: &Path, action: vmm::Action) -> Result<vmm::Reply, Error> {
+    ask_vmm_slow(socket, action, ANSWER_LIMIT)
+}
+
+/// Asks a `lab-vmm` for what may take as long as `limit`.
+pub fn ask_vmm_slow(socket: &Path, action: vmm::Action, limit: Duration) -> Result<vmm::Reply, Error> {
     let request = vmm::Request { v: vmm::VERSION, action };
-    match exchange(socket, &request)?.1 {
+    match exchange(socket, &request, limit)?.1 {
         vmm::Reply::Error(sentence) => Err(Error::Refused(sentence)),
         reply => Ok(reply),
     }
@@ -58,7 +63,7 @@ pub fn vmm_status(socket: &Path) -> Result<vmm::Status, Error> {
 /// Asks a `lab-net`.
 pub fn ask_net(socket: &Path, action: net::Action) -> Result<net::Reply, Error> {
     let request = net::Request { v: net::VERSION, action };
-    match exchange(socket, &request)?.1 {
+    match exchange(socket, &request, ANSWER_LIMIT)?.1 {
         net::Reply::Error(sentence) => Err(Error::Refused(sentence)),
         reply => Ok(reply),
     }
@@ -75,7 +80,7 @@ pub fn net_status(socket: &Path) -> Result<net::Status, Error> {
 /// A TCP connection from the gateway of a lab to one of its addresses.
 pub fn dial(socket: &Path, ip: std::net::Ipv4Addr, port: u16) -> Result<UnixStream, Error> {
     let request = net::Request { v: net::VERSION, action: net::Action::Dial { ip, port } };
-    let (stream, reply) = exchange(socket, &request)?;
+    let (stream, reply) = exchange(socket, &request, ANSWER_LIMIT)?;
     match reply {
         net::Reply::Done => {
             stream.set_read_timeout(None).map_err(|source| Error::Io { socket: socket.into(), source })?;
@@ -86,10 +91,14 @@ pub fn dial(socket: &Path, ip: std::net::Ipv4Addr, port: u16) -> Result<UnixStre
     }
 }
 
-fn exchange<Q: Serialize, A: DeserializeOwned>(socket: &Path, request: &Q) -> Result<(UnixStream, A), Error> {
+fn exchange<Q: Serialize, A: DeserializeOwned>(
+    socket: &Path,
+    request: &Q,
+    limit: Duration,
+) -> Result<(UnixStream, A), Error> {
     let failed = |source| Error::Io { socket: socket.into(), source };
     let mut stream = UnixStream::connect(socket).map_err(failed)?;
-    stream.set_read_timeout(Some(ANSWER_LIMIT)).map_err(failed)?;
+    stream.set_read_timeout(Some(limit)).map_err(failed)?;
     let mut line = serde_json::to_vec(request).map_err(|e| failed(e.into()))?;
     line.push(b'\n');
     stream.write_all(&line).map_err(failed)?;

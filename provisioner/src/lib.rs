@@ -23,5 +23,6 @@ pub mod paths;
 pub mod plan;
 pub mod progress;
 pub mod say;
+pub mod snapshot;
 pub mod stack;
 pub mod state;

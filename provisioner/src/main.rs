@@ -64,6 +64,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Destroy { nodes, yes: _ } => commands::destroy::run(context, &nodes),
         Command::Forward { action } => commands::forward::run(context, action),
         Command::SshConfig => commands::ssh::config(context),
+        Command::Snapshot { action } => commands::snapshot::run(context, action),
         Command::Image { action } => commands::image::run(context, action),
         Command::Host { action } => commands::host::run(context, cli.global.host.as_deref(), action),
         Command::Doctor => commands::host::doctor(context),

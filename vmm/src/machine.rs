@@ -309,11 +309,12 @@ impl Machine {
     fn resume(&mut self, cpus: &Cpus) -> Result<(), Error> {
         if let Some(clock_ns) = self.paused_at_ns.take() {
             chips::set_clock(&self.vm, clock_ns).map_err(kvm("set the guest's clock"))?;
-            self.bus.pci.resume();
+            let resumed = self.bus.pci.resume().map_err(Error::Failed);
             if std::mem::take(&mut self.renewed) {
                 self.bus.platform.tell_generation().map_err(io("raise an interrupt"))?;
             }
             cpus.resume();
+            resumed?;
         }
         Ok(())
     }

@@ -2,12 +2,15 @@
 
 use std::{
     fs::{self, File},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
-use lab_vmm::config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig};
+use lab_vmm::{
+    config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig},
+    control as vmm,
+};
 
 use super::{Action, Error, cloud_init, disk, ready};
 use crate::{
@@ -15,6 +18,7 @@ use crate::{
     lab::Lab,
     labfile::topology::Node,
     progress::Task,
+    snapshot,
     state::{self, NodeState},
 };
 
@@ -29,6 +33,8 @@ const START_LIMIT_S: u32 = 10;
 pub struct Boot {
     /// The node.
     pub node: Node,
+    /// Folder of a snapshot that the machine goes on from, standing still at first.
+    pub snapshot: Option<PathBuf>,
 }
 
 impl Action for Boot {
@@ -37,7 +43,7 @@ impl Action for Boot {
     }
 
     fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
-        if state::node_state(&lab.dirs, &self.node.name) != NodeState::Running {
+        if state::node_state(&lab.dirs, &self.node.name) != NodeState::Running || self.stands_still(lab) {
             return Ok(false);
         }
         let running: Option<VmConfig> = json_file::read(&lab.dirs.node(&self.node.name).join("vm.json"))?;
@@ -64,6 +70,10 @@ impl Action for Boot {
 
     fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
         let name = &self.node.name;
+        if self.stands_still(lab) {
+            control::ask_vmm(&lab.dirs.node_socket(name, "ctl"), vmm::Action::Resume)?;
+            return Ok(snapshot::catch_up(lab, name).map_err(Box::new)?);
+        }
         let dir = lab.dirs.node(name);
         // What was known of an earlier machine is void.
         drop(fs::remove_file(ready::marker(lab, name)));
@@ -111,6 +121,12 @@ impl Action for Boot {
 }
 
 impl Boot {
+    /// Whether the machine is paused: by a command that was interrupted.
+    fn stands_still(&self, lab: &Lab) -> bool {
+        let socket = lab.dirs.node_socket(&self.node.name, "ctl");
+        control::vmm_status(&socket).is_ok_and(|status| status.paused)
+    }
+
     fn config(&self, lab: &Lab) -> Result<VmConfig, Error> {
         let name = &self.node.name;
         let dir = lab.dirs.node(name);
@@ -152,8 +168,8 @@ impl Boot {
             },
             control: Some(lab.dirs.node_socket(name, "ctl")),
             lock: Some(state::vmm_lock(&dir)),
-            restore: None,
-            paused: false,
+            restore: self.snapshot.clone(),
+            paused: self.snapshot.is_some(),
         })
     }
 

@@ -65,7 +65,7 @@ impl Action for Disk {
 }
 
 /// Makes a disk under another name, then gives it its own: it is whole or not there.
-fn fresh(
+pub fn fresh(
     path: &std::path::Path,
     make: impl FnOnce(&std::path::Path) -> Result<(), qcow2::Error>,
 ) -> Result<(), Error> {
@@ -87,7 +87,7 @@ fn remove(path: &std::path::Path) -> Result<(), Error> {
 }
 
 /// A machine id: 32 hexadecimal digits.
-fn random_id() -> Result<String, Error> {
+pub fn random_id() -> Result<String, Error> {
     let path = "/proc/sys/kernel/random/uuid";
     let text =
         fs::read_to_string(path).map_err(|source| Error::Io { action: "read", path: path.into(), source })?;

@@ -11,7 +11,7 @@ mod script;
 use std::path::PathBuf;
 
 pub use boot::Boot;
-pub use disk::Disk;
+pub use disk::{Disk, file_name as disk_file, fresh as fresh_disk, random_id};
 pub use image::Image;
 pub use network::Network;
 pub use ready::Ready;
@@ -46,6 +46,9 @@ pub enum Error {
     /// A stack's definition.
     #[error(transparent)]
     Stack(#[from] crate::stack::Error),
+    /// A node that stood still.
+    #[error(transparent)]
+    Snapshot(#[from] Box<crate::snapshot::Error>),
     /// The host refused.
     #[error("cannot {action} {path}: {source}")]
     Io {
@@ -112,7 +115,7 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
         };
         let name = Some(node.name.as_str());
         let disk = plan.add(name, Box::new(Disk { node: node.clone() }), vec![image]);
-        let boot = plan.add(name, Box::new(Boot { node: node.clone() }), vec![network, disk]);
+        let boot = plan.add(name, Box::new(Boot { node: node.clone(), snapshot: None }), vec![network, disk]);
         ready.push(plan.add(name, Box::new(Ready { node: node.clone() }), vec![boot]));
     }
     script::plan_scripts(lab, &mut plan, &ready)?;

@@ -4,7 +4,7 @@ use std::{fs::File, process::ExitCode};
 
 use super::{Context, Error};
 use crate::{
-    cli::{Cli, Command, ForwardAction},
+    cli::{Cli, Command, ForwardAction, SnapshotAction},
     host::{
         self, Choice,
         emulated::{
@@ -12,7 +12,7 @@ use crate::{
             carry::{self, Carried, Wants},
         },
     },
-    labfile,
+    labfile, snapshot,
 };
 
 /// How often `up` is carried into an emulated host, if the host is lost meanwhile.
@@ -38,7 +38,9 @@ fn need(command: &Command) -> Need {
         | Command::Doctor
         | Command::Schema
         | Command::Completions { .. } => Need::Nothing,
-        Command::Up | Command::Restart { .. } => Need::Start,
+        Command::Up
+        | Command::Restart { .. }
+        | Command::Snapshot { action: SnapshotAction::Restore { .. } } => Need::Start,
         _ => Need::Look,
     }
 }
@@ -61,7 +63,9 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         return Ok(Place::Here(None));
     };
     let mut wants = Wants { start: need == Need::Start, forwards: Vec::new() };
-    if wants.start {
+    if let Command::Snapshot { action: SnapshotAction::Restore { name } } = &cli.command {
+        wants.forwards = snapshot::state(&context.existing()?, name)?.all_forwards();
+    } else if wants.start {
         // What can be found wrong here is told here, and images are built where building is quick.
         let lab = context.wanted()?;
         if let Some(reason) = reason {

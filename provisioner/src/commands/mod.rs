@@ -13,6 +13,7 @@ pub mod init;
 pub mod logs;
 pub mod plan;
 pub mod provision;
+pub mod snapshot;
 pub mod ssh;
 pub mod status;
 pub mod up;
@@ -73,6 +74,9 @@ pub enum Error {
     /// A file of lab's own.
     #[error(transparent)]
     File(#[from] json_file::Error),
+    /// A snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::Error),
     /// An image.
     #[error(transparent)]
     Image(#[from] lab_images::store::Error),

@@ -7,8 +7,9 @@ use crate::{actions, capacity, channel, lab::Lab, plan};
 
 /// Brings the lab up.
 pub fn run(context: &Context) -> Result<ExitCode, Error> {
-    let lab = context.wanted()?;
+    let mut lab = context.wanted()?;
     let _lock = lab.lock()?;
+    finish_restoring(&mut lab)?;
     bring_up(&lab)?;
     if !context.json {
         context.progress.say("");
@@ -18,6 +19,16 @@ pub fn run(context: &Context) -> Result<ExitCode, Error> {
         context.progress.say(&next_steps(&lab));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Goes on with a restoring that was interrupted; what the labfile says comes after it.
+fn finish_restoring(lab: &mut Lab) -> Result<(), Error> {
+    if let Some(name) = crate::snapshot::is_unfinished(lab)? {
+        let wanted = lab.topology.clone();
+        super::snapshot::restore(lab, &name)?;
+        lab.topology = wanted;
+    }
+    Ok(())
 }
 
 /// Does what is missing.

@@ -39,7 +39,9 @@ impl Function for HostBridge {
     fn read_bar(&mut self, _: u64, _: &mut [u8]) {}
     fn write_bar(&mut self, _: u64, _: &[u8]) {}
     fn pause(&mut self) {}
-    fn resume(&mut self) {}
+    fn resume(&mut self) -> Result<(), String> {
+        Ok(())
+    }
     fn stop(&mut self) {}
     fn save(&mut self) -> Result<FunctionState, String> {
         Ok(FunctionState::Plain { space: self.0.bytes().to_vec() })

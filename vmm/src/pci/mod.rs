@@ -50,8 +50,8 @@ pub trait Function: Send {
     fn write_bar(&mut self, offset: u64, data: &[u8]);
     /// Stand still: no CPU runs until `resume`.
     fn pause(&mut self);
-    /// Go on.
-    fn resume(&mut self);
+    /// Go on; an error says why it can't, which the guest is told, too.
+    fn resume(&mut self) -> Result<(), String>;
     /// The machine ends: stop working, put everything away.
     fn stop(&mut self);
     /// The state of the function, which stands still; an error says what keeps it from being saved.
@@ -144,9 +144,10 @@ impl PciBus {
         self.slots.iter().for_each(|slot| slot.function().pause());
     }
 
-    /// Have every device go on.
-    pub fn resume(&self) {
-        self.slots.iter().for_each(|slot| slot.function().resume());
+    /// Have every device go on, and tell the first that can't.
+    pub fn resume(&self) -> Result<(), String> {
+        let resumed: Vec<_> = self.slots.iter().map(|slot| slot.function().resume()).collect();
+        resumed.into_iter().collect()
     }
 
     /// The state of every device; all stand still.
@@ -206,7 +207,9 @@ mod tests {
             assert!(offset + data.len() as u64 <= 0x1000, "an access outside of the BAR");
         }
         fn pause(&mut self) {}
-        fn resume(&mut self) {}
+        fn resume(&mut self) -> Result<(), String> {
+            Ok(())
+        }
         fn stop(&mut self) {}
         fn save(&mut self) -> Result<FunctionState, String> {
             Ok(FunctionState::Plain { space: self.0.bytes().to_vec() })

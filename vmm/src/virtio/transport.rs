@@ -182,16 +182,20 @@ impl VirtioPci {
         }
     }
 
-    /// Let the device do something; its panic or error costs only itself.
-    fn guarded(&mut self, what: impl FnOnce(&mut dyn VirtioDevice) -> Result<(), Error>) {
+    /// Let the device do something; its panic or error costs only itself, and is told here and to the guest.
+    fn guarded(
+        &mut self,
+        what: impl FnOnce(&mut dyn VirtioDevice) -> Result<(), Error>,
+    ) -> Result<(), String> {
         let device = &mut *self.device;
         let problem = match catch_unwind(AssertUnwindSafe(|| what(device))) {
-            Ok(Ok(())) => return,
+            Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("{} panicked: a bug in lab-vmm", self.device.name()),
         };
         say(format_args!("{problem}; the guest is told to reset the device"));
         self.shared.needs_reset();
+        Err(problem)
     }
 
     fn apply(&mut self, effect: Effect) {
@@ -238,15 +242,15 @@ impl VirtioPci {
         let interrupt = self.shared.clone();
         let restored = positions.is_some();
         let activation = Activation { memory: self.memory.clone(), features, queues, interrupt, restored };
-        self.guarded(|device| device.activate(activation));
+        drop(self.guarded(|device| device.activate(activation)));
     }
 
     fn reset(&mut self) {
         if self.active {
-            self.guarded(|device| {
+            drop(self.guarded(|device| {
                 device.reset();
                 Ok(())
-            });
+            }));
             self.active = false;
         }
         self.restored = None;
@@ -372,10 +376,10 @@ impl Function for VirtioPci {
             }
             DEVICE => {
                 data.fill(0);
-                self.guarded(|device| {
+                drop(self.guarded(|device| {
                     device.read_config(inside, data);
                     Ok(())
-                });
+                }));
             }
             MSIX_TABLE => self.shared.msix.read_table(inside, data),
             MSIX_PENDING => self.shared.msix.read_pending(inside, data),
@@ -391,10 +395,10 @@ impl Function for VirtioPci {
                     self.apply(effect);
                 }
             }
-            DEVICE => self.guarded(|device| {
+            DEVICE => drop(self.guarded(|device| {
                 device.write_config(inside, data);
                 Ok(())
-            }),
+            })),
             DOORBELLS => self.ring(inside),
             MSIX_TABLE => self.shared.msix.write_table(inside, data),
             _ => {}
@@ -402,23 +406,22 @@ impl Function for VirtioPci {
     }
 
     fn pause(&mut self) {
-        self.guarded(|device| {
+        drop(self.guarded(|device| {
             device.pause();
             Ok(())
-        });
+        }));
     }
 
-    fn resume(&mut self) {
+    fn resume(&mut self) -> Result<(), String> {
         let Some(positions) = self.restored.take() else {
-            self.guarded(|device| device.resume());
-            return;
+            return self.guarded(|device| device.resume());
         };
         self.activate(Some(&positions));
         // Interrupts may have been lost, too; drivers look and find nothing new.
         for queue in 0..self.shared.queue_vectors.len() {
             self.shared.signal_queue(queue as u16);
         }
-        self.shared.signal_config();
+        Ok(())
     }
 
     fn save(&mut self) -> Result<FunctionState, String> {
@@ -438,9 +441,9 @@ impl Function for VirtioPci {
     fn stop(&mut self) {
         self.reset();
         // Also of a device that never worked: it may have files open.
-        self.guarded(|device| {
+        drop(self.guarded(|device| {
             device.reset();
             Ok(())
-        });
+        }));
     }
 }

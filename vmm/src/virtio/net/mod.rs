@@ -150,8 +150,13 @@ impl VirtioDevice for Net {
         let given = Given::new(&self.name, activation)?;
         let interrupt = given.interrupt.clone();
         // The guest of a snapshot had a link: it need not hear of one that is back at once.
-        self.joined.store(given.restored, Ordering::Relaxed);
-        self.worker = Some(Worker::spawn(&self.name, interrupt, self.handler(given))?);
+        let restored = given.restored;
+        self.joined.store(restored, Ordering::Relaxed);
+        self.worker = Some(Worker::spawn(&self.name, Arc::clone(&interrupt), self.handler(given))?);
+        if restored {
+            // It may also have had none.
+            interrupt.signal_config();
+        }
         Ok(())
     }
 

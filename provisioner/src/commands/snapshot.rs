@@ -1,0 +1,81 @@
+//! `lab snapshot`: the whole running lab, saved and restored.
+
+use std::process::ExitCode;
+
+use super::{Context, Error, status, table};
+use crate::{cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
+
+/// Saves, restores, lists or removes snapshots.
+pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error> {
+    let mut lab = context.existing()?;
+    match action {
+        SnapshotAction::Ls => list(context, &lab)?,
+        SnapshotAction::Save { name } => {
+            let _lock = lab.lock()?;
+            told(&lab, &format!("save snapshot {name}"), |task| snapshot::save(&lab, &name, task))?;
+        }
+        SnapshotAction::Restore { name } => {
+            let _lock = lab.lock()?;
+            restore(&mut lab, &name)?;
+            status::print(context, &lab)?;
+        }
+        SnapshotAction::Rm { names } => {
+            let _lock = lab.lock()?;
+            names.iter().try_for_each(|name| snapshot::remove(&lab, name))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Restores a snapshot, with progress.
+pub fn restore(lab: &mut Lab, name: &str) -> Result<(), Error> {
+    let task = lab.progress.begin(&lab.topology.name, &format!("restore snapshot {name}"));
+    let restored = snapshot::restore(lab, name, &task);
+    end(task, restored)
+}
+
+fn told(lab: &Lab, what: &str, run: impl FnOnce(&Task) -> Result<(), snapshot::Error>) -> Result<(), Error> {
+    let task = lab.progress.begin(&lab.topology.name, what);
+    let done = run(&task);
+    end(task, done)
+}
+
+fn end(task: Task, outcome: Result<(), snapshot::Error>) -> Result<(), Error> {
+    if outcome.is_ok() {
+        task.done();
+    } else {
+        task.failed();
+    }
+    Ok(outcome?)
+}
+
+fn list(context: &Context, lab: &Lab) -> Result<(), Error> {
+    context.print(&snapshot::list(lab)?, |entries| {
+        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+        let row = |entry: &snapshot::Entry| {
+            vec![
+                entry.name.clone(),
+                ago(entry.created_s),
+                entry.nodes.join(", "),
+                mib(entry.memory_bytes),
+                mib(entry.disk_bytes),
+            ]
+        };
+        table(
+            &["NAME", "MADE", "RUNNING NODES", "MEMORY", "DISK"],
+            &entries.iter().map(row).collect::<Vec<_>>(),
+        )
+    })
+}
+
+/// How long ago a moment was.
+fn ago(then_s: u64) -> String {
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    match now.saturating_sub(then_s) {
+        s @ 0..120 => format!("{s} s ago"),
+        s @ 120..7200 => format!("{} min ago", s / 60),
+        s @ 7200..172_800 => format!("{} h ago", s / 3600),
+        s => format!("{} days ago", s / 86400),
+    }
+}

@@ -1,0 +1,93 @@
+//! `lab snapshot restore`: the lab becomes what it was, all nodes at the same instant. What it is now is lost.
+//!
+//! A file says from the beginning to the end that this is under way: what interrupts it is made good by the next `up`,
+//! which does it all again.
+
+use std::{fs, path::PathBuf};
+
+use lab_vmm::control as vmm;
+
+use super::{Error, KEYS, Record, clock, each, folder, io, layers, read};
+use crate::{
+    actions::{self, Action},
+    control, json_file,
+    lab::Lab,
+    machine,
+    paths::LabPaths,
+    progress::Task,
+    state,
+};
+
+/// The file that names the snapshot that is being restored.
+fn under_way(dirs: &LabPaths) -> PathBuf {
+    dirs.dir.join("restoring.json")
+}
+
+/// The snapshot whose restoring was interrupted.
+pub fn is_unfinished(lab: &Lab) -> Result<Option<String>, Error> {
+    Ok(json_file::read(&under_way(&lab.dirs))?)
+}
+
+/// Restores snapshot `name`. The lab's topology becomes that of the snapshot.
+pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
+    let record = read(lab, name)?;
+    json_file::write(&under_way(&lab.dirs), &name)?;
+    let restored = go_back(lab, name, &record, task);
+    if let Err(error @ (Error::Node { .. } | Error::Action(_))) = restored {
+        // It won't do better the next time: `up` boots the nodes from their disks, which are those of the snapshot.
+        for node in record.nodes.keys() {
+            drop(machine::power_off(lab, node, true, task));
+        }
+        finish(lab)?;
+        return Err(error);
+    }
+    restored?;
+    finish(lab)
+}
+
+fn finish(lab: &Lab) -> Result<(), Error> {
+    let file = under_way(&lab.dirs);
+    fs::remove_file(&file).map_err(io("remove", &file))?;
+    layers::prune(lab)
+}
+
+fn go_back(lab: &mut Lab, name: &str, record: &Record, task: &Task) -> Result<(), Error> {
+    task.detail("pull the plugs");
+    // With the network, so that no frame of what is given up reaches a restored node.
+    for node in state::nodes_on_disk(&lab.dirs) {
+        machine::power_off(lab, &node, true, task)?;
+    }
+    machine::stop_network(lab)?;
+    lab.topology = record.state.topology.clone();
+    lab.added_forwards = record.state.forwards.clone();
+    lab.record()?;
+    task.detail("lay the disks");
+    for (node, saved) in &record.nodes {
+        let dir = lab.dirs.node(node);
+        crate::paths::private_dir(&dir)?;
+        for key in KEYS {
+            let from = folder(&lab.dirs, name).join(node).join(key);
+            fs::copy(&from, dir.join(key)).map_err(io("copy", &from))?;
+        }
+        for (index, id) in saved.layers.iter().enumerate() {
+            layers::lay(&lab.dirs, id, &dir.join(actions::disk_file(index)))?;
+        }
+        json_file::write(&dir.join("steps.json"), &saved.steps)?;
+        json_file::write(&dir.join("node.json"), &saved.record)?;
+    }
+    let action =
+        |action: &dyn Action, lab: &Lab| action.run(lab, task).map_err(|error| Error::from(Box::new(error)));
+    action(&actions::Network, lab)?;
+    let lab = &*lab;
+    let running: Vec<_> =
+        record.nodes.iter().filter(|(_, node)| node.running).map(|(name, _)| name.clone()).collect();
+    task.detail("load the machines");
+    each(&running, |node| {
+        let snapshot = Some(folder(&lab.dirs, name).join(node));
+        action(&actions::Boot { node: lab.node(node)?.clone(), snapshot }, lab)
+    })?;
+    task.detail("resume");
+    each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
+    each(&running, |node| clock::catch_up(lab, node))?;
+    Ok(())
+}
