@@ -396,3 +396,45 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_disk_is_frozen_under_a_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let (top, mut content) = chain(folder.path());
+    let config = config(&top, DiskFormat::Qcow2);
+    let mut guest = Guest::new(&config);
+    let features = guest.device.features();
+    for round in 0..4u64 {
+        // Not flushed: what was written is in the frozen file all the same.
+        let data = pattern(round, 128 << 10);
+        guest.write(round * 512, &data);
+        content[(round as usize) << 18..][..data.len()].copy_from_slice(&data);
+        guest.device.pause();
+        guest.device.write_out().unwrap();
+        let frozen = folder.path().join(format!("frozen{round}.qcow2"));
+        fs::hard_link(&top, &frozen).unwrap();
+        let before = fs::read(&frozen).unwrap();
+        let next = folder.path().join("next.qcow2");
+        qcow2::create_overlay(&next, &frozen, DiskFormat::Qcow2, 8 << 20).unwrap();
+        fs::rename(&next, &top).unwrap();
+        if round % 2 == 0 {
+            guest.device.resume().unwrap();
+        } else {
+            let positions = guest.device.positions();
+            drop(guest.device);
+            guest.device = Block::new("disk0", &config).unwrap();
+            guest.device.activate(guest.driver.restored(features, &positions)).unwrap();
+        }
+        guest.write(8192, &pattern(99, 512));
+        content[8192 * 512..][..512].copy_from_slice(&pattern(99, 512));
+        assert!(guest.read(0, 4 << 20) == content[..4 << 20], "round {round}");
+        assert!(fs::read(&frozen).unwrap() == before, "a frozen file was changed in round {round}");
+    }
+    // One that lies where the disk was and is none.
+    guest.device.pause();
+    fs::rename(&top, folder.path().join("away")).unwrap();
+    fs::write(&top, b"something else").unwrap();
+    let told = guest.device.resume().unwrap_err().to_string();
+    assert!(told.contains("top.qcow2"), "{told}");
+    guest.device.reset();
+}

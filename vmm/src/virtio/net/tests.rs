@@ -196,6 +196,58 @@ fn a_full_socket_loses_nothing() {
 }
 
 #[test]
+fn what_a_paused_card_holds_goes_on_in_another_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = config(folder.path());
+    let server = Server::new(&config.socket);
+    let mut guest = Guest::new(&config, FEATURES);
+    let (card, _) = server.card();
+    guest.wait_for_link(1);
+    // More than the socket holds, so that the device has frames at hand that it cannot send; and buffers at hand that
+    // wait for frames.
+    guest.provide(100, 2000);
+    send(&card, &packet(1, 100), SendFlags::empty()).unwrap();
+    guest.receive();
+    let total = 450;
+    for seed in 0..total {
+        guest.driver.send(1, &[&packet(seed, 20000)], &[]);
+    }
+    assert!(receive(&card) == packet(0, 20000));
+    guest.device.pause();
+    guest.device.pause();
+    let positions = guest.device.positions();
+    let taken = usize::from(positions[TRANSMIT as usize].0);
+    assert_eq!(
+        positions[TRANSMIT as usize].0, positions[TRANSMIT as usize].1,
+        "all that was taken was given back"
+    );
+    assert!((1..total - 50).contains(&taken), "{taken} of {total} frames were sent: this tests nothing");
+    for seed in 1..taken {
+        assert!(receive(&card) == packet(seed, 20000), "frame {seed} of the first card");
+    }
+    drop(guest.device);
+    let mut device = Net::new("net0", &config).unwrap();
+    device.activate(guest.driver.restored(FEATURES, &positions)).unwrap();
+    let mut guest = Guest { device, driver: guest.driver };
+    assert_eq!(guest.link(), 1, "the guest need not see the link go");
+    let (card, _) = server.card();
+    for seed in taken..total {
+        assert!(receive(&card) == packet(seed, 20000), "frame {seed} of the second card");
+    }
+    for seed in 0..90 {
+        send(&card, &packet(seed, 1500), SendFlags::empty()).unwrap();
+        assert!(guest.receive().1 == as_received(packet(seed, 1500), 1), "frame {seed} to the guest");
+    }
+    // One that only paused goes on itself.
+    guest.device.pause();
+    send(&card, &packet(5, 700), SendFlags::empty()).unwrap();
+    guest.device.resume().unwrap();
+    assert!(guest.receive().1 == as_received(packet(5, 700), 1));
+    guest.device.reset();
+    assert!(guest.device.positions().is_empty());
+}
+
+#[test]
 fn without_buffers_frames_wait_in_the_socket() {
     let folder = tempfile::tempdir().unwrap();
     let config = config(folder.path());

@@ -16,7 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Activation, Interrupt};
+use super::{Activation, Interrupt, Position};
 
 /// Guest memory: 32 MiB, the second half behind a hole, so that addresses can be wrong in more ways.
 const HALF: usize = 16 << 20;
@@ -165,6 +165,19 @@ impl Driver {
             interrupt: self.interrupt.clone(),
             restored: false,
         }
+    }
+
+    /// What the transport gives a device that goes on where another one stood when it was paused.
+    pub fn restored(&mut self, features: u64, positions: &[Position]) -> Activation {
+        assert_eq!(positions.len(), self.rings.len());
+        let mut activation = self.activation(features);
+        activation.restored = true;
+        for ((queue, bell), (taken, given)) in activation.queues.iter_mut().zip(positions) {
+            queue.set_next_avail(*taken);
+            queue.set_next_used(*given);
+            bell.write(1).unwrap();
+        }
+        activation
     }
 
     /// Sends chains through indirect descriptor tables from now on.

@@ -30,6 +30,27 @@ fn connections_wait_for_the_guest() {
 }
 
 #[test]
+fn a_restored_guest_is_told_that_its_connections_are_gone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut guest = Guest::new(folder.path());
+    guest.driver.send(2, &[], &[8]);
+    guest.device.pause();
+    let positions = guest.device.positions();
+    let features = guest.device.features();
+    let config = guest.config.clone();
+    drop(guest.device);
+    guest.device = Vsock::new(&config).unwrap();
+    guest.device.activate(guest.driver.restored(features, &positions)).unwrap();
+    assert_eq!(guest.driver.wait(2), 0u32.to_le_bytes(), "VIRTIO_VSOCK_EVENT_TRANSPORT_RESET");
+    // And new ones are taken, with the buffers from before.
+    let mut host = connect(&config);
+    host.write_all(b"CONNECT 22\n").unwrap();
+    let (request, _) = guest.receive();
+    assert_eq!(({ request.operation }, { request.destination_port }), (operation::REQUEST, 22));
+    guest.device.reset();
+}
+
+#[test]
 fn there_is_an_end_to_connections() {
     let folder = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(folder.path());

@@ -1,0 +1,210 @@
+//! Snapshots of a whole running lab: saved, changed, restored, interrupted, damaged.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::{
+    os::unix::fs::FileExt,
+    time::{Duration, Instant, SystemTime},
+};
+
+use lab_tests::TestLab;
+
+/// A lab of two small nodes under a name of its own.
+fn labfile(name: &str) -> String {
+    format!(
+        r#"
+name = "{name}"
+image = "tiny"
+
+[node.a]
+memory = "128MiB"
+
+[node.b]
+memory = "128MiB"
+disks = ["64MiB"]
+"#
+    )
+}
+
+/// On a: sends numbers to b, writes a synced journal, and watches both clocks.
+const WORK_A: &str = r#"
+(i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done </dev/null 2>/dev/null | nc b 7000 >/dev/null 2>&1) &
+(i=0; while :; do i=$((i+1)); echo "$i $(echo $i | md5sum)" >>/root/journal; sync; echo $i >/tmp/s; mv /tmp/s /tmp/synced; sleep 0.1; done) >/dev/null 2>&1 </dev/null &
+(w=0 m=0; while :; do
+    t=$(date +%s); [ $t -ge $w ] || echo "wall clock: $w, then $t" >>/tmp/back; w=$t
+    read u _ </proc/uptime; u=${u%.*}; [ $u -ge $m ] || echo "uptime: $m, then $u" >>/tmp/back
+    [ $((u - m)) -lt 15 ] || [ $m = 0 ] || echo "uptime: a leap from $m to $u" >>/tmp/back; m=$u
+    sleep 0.2
+done) >/dev/null 2>&1 </dev/null &
+"#;
+
+/// On b: keeps what a sends, and never says that it has nothing to say, which would end it.
+const WORK_B: &str = "(sleep 100000 </dev/null 2>/dev/null | nc -l -p 7000 >/tmp/got 2>/dev/null) &";
+
+fn ask(lab: &TestLab, node: &str, script: &str) -> String {
+    let (status, said) = lab.shell(node, script, b"");
+    assert_eq!(status, Some(0), "{node}: {script}: {said}");
+    said.trim().into()
+}
+
+fn number(lab: &TestLab, node: &str, script: &str) -> u64 {
+    ask(lab, node, script).parse().unwrap_or(0)
+}
+
+/// Waits until b has got more numbers than `count`.
+fn wait_for_more(lab: &TestLab, count: u64) -> u64 {
+    let end = Instant::now() + Duration::from_secs(120);
+    loop {
+        let got = number(lab, "b", "wc -l </tmp/got");
+        if got > count {
+            return got;
+        }
+        assert!(Instant::now() < end, "b has got {got} numbers, and no more than {count} in two minutes");
+    }
+}
+
+/// What must hold at any time: no number was lost or came twice, what was synced is there, no clock went back, and it is
+/// now.
+fn check_work(lab: &TestLab) {
+    let lost = ask(lab, "b", "awk '$1 != NR { print NR \": \" $0; exit }' /tmp/got");
+    assert_eq!(lost, "", "the stream has a gap");
+    let synced = number(lab, "a", "cat /tmp/synced");
+    let wrong = ask(
+        lab,
+        "a",
+        "n=0; while read i sum _; do n=$((n+1)); \
+         [ $i = $n ] && [ \"$sum\" = \"$(echo $i | md5sum | cut -d' ' -f1)\" ] || echo \"$n: $i $sum\"; done </root/journal",
+    );
+    assert_eq!(wrong, "", "the journal is damaged");
+    let written = number(lab, "a", "wc -l </root/journal");
+    assert!(synced > 0 && written >= synced, "{synced} lines were synced, {written} are there");
+    assert_eq!(ask(lab, "a", "cat /tmp/back 2>/dev/null; true"), "", "a clock went back");
+    for node in ["a", "b"] {
+        let before = now_s();
+        let there = number(lab, node, "date +%s");
+        assert!((before - 2..=now_s() + 2).contains(&there), "{node}'s clock says {there} at {before}");
+    }
+}
+
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
+}
+
+fn snapshots(lab: &TestLab) -> Vec<String> {
+    let list: serde_json::Value = serde_json::from_str(&lab.run(&["snapshot", "ls", "-o", "json"])).unwrap();
+    list.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_owned()).collect()
+}
+
+/// The lab's folder below LAB_HOME.
+fn folder(name: &str) -> std::path::PathBuf {
+    let home = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
+    std::path::Path::new(&home).join("labs").join(name)
+}
+
+fn layers(name: &str) -> usize {
+    std::fs::read_dir(folder(name).join("layers")).map_or(0, Iterator::count)
+}
+
+#[test]
+fn a_running_lab_comes_back_as_it_was() {
+    let name = "snap";
+    let lab = TestLab::new(&labfile(name));
+    lab.run(&["up"]);
+    assert!(lab.fails(1, &["snapshot", "restore", "none"]).contains("has no snapshot `none`"));
+    ask(&lab, "b", WORK_B);
+    ask(&lab, "a", WORK_A);
+    ask(&lab, "b", "dd if=/dev/urandom of=/dev/vdb bs=1M count=4 2>/dev/null; md5sum </dev/vdb >/tmp/vdb");
+    wait_for_more(&lab, 10);
+    lab.run(&["snapshot", "save", "one"]);
+    assert!(lab.fails(1, &["snapshot", "save", "one"]).contains("has a snapshot `one`"));
+    assert!(lab.fails(1, &["snapshot", "save", "../x"]).contains("is no name"));
+    // It went on after it was saved.
+    let at_least = wait_for_more(&lab, number(&lab, "b", "wc -l </tmp/got"));
+    check_work(&lab);
+    ask(&lab, "a", "echo later >/root/later; echo later >/tmp/later; sync");
+    ask(&lab, "b", "dd if=/dev/zero of=/dev/vdb bs=1M count=4 2>/dev/null; sync");
+
+    for _ in 0..2 {
+        lab.run(&["snapshot", "restore", "one"]);
+        assert_eq!(ask(&lab, "a", "ls /root/later /tmp/later 2>/dev/null; true"), "");
+        assert_eq!(ask(&lab, "b", "md5sum </dev/vdb | cmp - /tmp/vdb && echo same"), "same");
+        // The connection from before goes on, over and beyond what came after the snapshot.
+        wait_for_more(&lab, at_least);
+        check_work(&lab);
+        assert_eq!(ask(&lab, "a", "ping -c 1 -W 20 b >/dev/null && echo there"), "there");
+    }
+    for node in ["a", "b"] {
+        let kernel = ask(&lab, node, "dmesg");
+        assert!(kernel.contains("crng reseeded due to virtual machine fork"), "{node}: {kernel}");
+    }
+    let random = |node| ask(&lab, node, "head -c 16 /dev/urandom | md5sum");
+    assert_ne!(random("a"), random("b"));
+
+    // A snapshot of a restored lab; with it, nothing depends on the first one any more.
+    ask(&lab, "a", "echo second >/root/second; sync");
+    lab.run(&["snapshot", "save", "two"]);
+    assert_eq!(snapshots(&lab), ["one", "two"]);
+    lab.run(&["snapshot", "rm", "one"]);
+    lab.run(&["snapshot", "restore", "two"]);
+    assert_eq!(ask(&lab, "a", "cat /root/second"), "second");
+    check_work(&lab);
+    assert!(lab.run(&["up"]).contains("running"));
+
+    // A damaged one is refused, and what is on the disks then is what was there when it was made.
+    ask(&lab, "a", "rm /root/second; sync");
+    let memory = folder(name).join("snapshots/two/a/memory");
+    let file = std::fs::OpenOptions::new().write(true).open(memory).unwrap();
+    file.write_all_at(&[0x5a; 4096], 1 << 20).unwrap();
+    let why = lab.fails(1, &["snapshot", "restore", "two"]);
+    assert!(why.contains("a: ") && why.contains("it is damaged"), "{why}");
+    lab.run(&["up"]);
+    assert_eq!(ask(&lab, "a", "cat /root/second"), "second");
+    lab.run(&["snapshot", "rm", "two"]);
+    assert_eq!((snapshots(&lab), layers(name)), (vec![], 0), "layers that nothing stands on");
+}
+
+/// Runs a `lab` command and kills it after a while.
+fn kill_after(lab: &TestLab, arguments: &[&str], delay: Duration) -> bool {
+    let mut child = lab.command(arguments).stdin(std::process::Stdio::null()).spawn().unwrap();
+    let end = Instant::now() + delay;
+    while Instant::now() < end {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
+}
+
+#[test]
+fn a_kill_leaves_the_old_or_the_new() {
+    let lab = TestLab::new(&labfile("snapkill"));
+    lab.run(&["up"]);
+    ask(&lab, "a", "echo old >/root/state; sync");
+    let mut known = Vec::new();
+    for (round, delay) in [300, 900, 1500, 2200].into_iter().enumerate() {
+        let name = format!("s{round}");
+        kill_after(&lab, &["snapshot", "save", &name], Duration::from_millis(delay));
+        lab.run(&["up"]);
+        assert_eq!(ask(&lab, "a", "cat /root/state"), "old");
+        assert_eq!(ask(&lab, "b", "ping -c 1 -W 20 a >/dev/null && echo there"), "there");
+        let now = snapshots(&lab);
+        assert!(known.iter().all(|name| now.contains(name)), "{known:?}, then {now:?}");
+        known = now;
+    }
+    lab.run(&["snapshot", "save", "last"]);
+    for delay in [400, 1200, 2000, 3000] {
+        ask(&lab, "a", "echo new >/root/state; sync");
+        kill_after(&lab, &["snapshot", "restore", "last"], Duration::from_millis(delay));
+        lab.run(&["up"]);
+        let state = ask(&lab, "a", "cat /root/state");
+        assert!(["old", "new"].contains(&&*state), "{state}");
+        assert_eq!(ask(&lab, "b", "ping -c 1 -W 20 a >/dev/null && echo there"), "there");
+    }
+    // Those that are listed are whole.
+    for name in snapshots(&lab) {
+        lab.run(&["snapshot", "restore", &name]);
+        assert_eq!(ask(&lab, "a", "cat /root/state"), "old");
+    }
+}
