@@ -59,7 +59,11 @@ pub enum Command {
     /// Show what `up` would do
     Plan,
     /// Bring the lab up, or what is missing of it
-    Up,
+    Up {
+        /// Do all of it, even if a snapshot of an earlier up would do
+        #[arg(long)]
+        fresh: bool,
+    },
     /// Show the nodes of the lab
     Status,
     /// List all labs
@@ -140,6 +144,9 @@ pub enum Command {
         /// Don't ask
         #[arg(short, long, overrides_with = "yes")]
         yes: bool,
+        /// Remove the snapshot that the next `up` would start from, too
+        #[arg(long)]
+        forget: bool,
     },
     /// List, add or remove forwarded ports
     Forward {
@@ -149,6 +156,10 @@ pub enum Command {
     },
     /// Print a configuration for OpenSSH with all nodes
     SshConfig,
+    /// Put the running lab away, to go on later where it was, even after a reboot of this machine
+    Suspend,
+    /// Go on with a suspended lab
+    Resume,
     /// Save the whole running lab, and bring it back
     Snapshot {
         /// What to do

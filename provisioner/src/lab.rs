@@ -84,6 +84,8 @@ pub struct Lab {
     pub topology: Topology,
     /// Forwards beyond the labfile's.
     pub added_forwards: Vec<Forward>,
+    /// Whether an `up` has ever succeeded.
+    pub came_up: bool,
     /// The image store.
     pub store: Store,
     /// How many times longer than usual things may take: more than 1 where KVM itself is emulated.
@@ -104,6 +106,7 @@ impl Lab {
             return Err(Error::NameTaken { name: topology.name, other });
         }
         Ok(Self {
+            came_up: state.as_ref().is_some_and(|state| state.came_up),
             added_forwards: state.map(|state| state.forwards).unwrap_or_default(),
             store: Store::open(&paths.images()),
             patience: if crate::host::is_slow() { 8 } else { 1 },
@@ -125,10 +128,18 @@ impl Lab {
         }
     }
 
+    /// What is recorded of the lab.
+    pub fn state(&self) -> LabState {
+        LabState {
+            topology: self.topology.clone(),
+            forwards: self.added_forwards.clone(),
+            came_up: self.came_up,
+        }
+    }
+
     /// Records the topology as the lab's state.
     pub fn record(&self) -> Result<(), Error> {
-        let state = LabState { topology: self.topology.clone(), forwards: self.added_forwards.clone() };
-        Ok(state.write(&self.dirs)?)
+        Ok(self.state().write(&self.dirs)?)
     }
 
     /// A node by name.
@@ -186,7 +197,7 @@ impl Lab {
 
     /// All forwards: the labfile's and the added ones.
     pub fn forwards(&self) -> Vec<Forward> {
-        LabState { topology: self.topology.clone(), forwards: self.added_forwards.clone() }.all_forwards()
+        self.state().all_forwards()
     }
 
     /// Configuration of the lab's network.

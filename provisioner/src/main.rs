@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode, Error> {
     let context = Context::new(&cli)?;
     // Asked here, where the terminal is, whatever becomes of standard output.
-    if let Command::Destroy { nodes, yes: false } = &cli.command
+    if let Command::Destroy { nodes, yes: false, forget: _ } = &cli.command
         && !commands::destroy::confirmed(&context, nodes)?
     {
         return Ok(ExitCode::FAILURE);
@@ -49,7 +49,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Init { from, list } => commands::init::init(context, &from, list),
         Command::Validate => commands::init::validate(context),
         Command::Plan => commands::plan::run(context),
-        Command::Up => commands::up::run(context),
+        Command::Up { fresh } => commands::up::run(context, fresh),
         Command::Status => commands::status::run(context),
         Command::Ls => commands::status::ls(context),
         Command::Ssh { node, command } => commands::ssh::ssh(context, node.as_deref(), &command),
@@ -61,9 +61,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Check { name } => commands::check::run(context, name.as_deref()),
         Command::Halt { nodes, force } => commands::halt::halt(context, &nodes, force),
         Command::Restart { nodes, force } => commands::halt::restart(context, &nodes, force),
-        Command::Destroy { nodes, yes: _ } => commands::destroy::run(context, &nodes),
+        Command::Destroy { nodes, yes: _, forget } => commands::destroy::run(context, &nodes, forget),
         Command::Forward { action } => commands::forward::run(context, action),
         Command::SshConfig => commands::ssh::config(context),
+        Command::Suspend => commands::snapshot::suspend(context),
+        Command::Resume => commands::snapshot::resume(context),
         Command::Snapshot { action } => commands::snapshot::run(context, action),
         Command::Image { action } => commands::image::run(context, action),
         Command::Host { action } => commands::host::run(context, cli.global.host.as_deref(), action),

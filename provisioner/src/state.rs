@@ -14,6 +14,7 @@ use crate::{
     labfile::topology::{Node, Topology},
     lock,
     paths::{LabPaths, Paths},
+    snapshot,
 };
 
 /// `lab.json`: the lab as it was last brought up.
@@ -24,6 +25,9 @@ pub struct LabState {
     /// Forwards that were added by `lab forward add`.
     #[serde(default)]
     pub forwards: Vec<Forward>,
+    /// Whether an `up` has ever succeeded: from then on it is the user's.
+    #[serde(default)]
+    pub came_up: bool,
 }
 
 impl LabState {
@@ -65,6 +69,8 @@ pub enum NodeState {
     Absent,
     /// A disk, no machine.
     Stopped,
+    /// A machine that `lab suspend` has put away.
+    Suspended,
     /// A machine.
     Running,
 }
@@ -74,6 +80,7 @@ impl std::fmt::Display for NodeState {
         f.pad(match self {
             Self::Absent => "absent",
             Self::Stopped => "stopped",
+            Self::Suspended => "suspended",
             Self::Running => "running",
         })
     }
@@ -84,6 +91,8 @@ pub fn node_state(paths: &LabPaths, name: &str) -> NodeState {
     let dir = paths.node(name);
     if lock::is_held(&vmm_lock(&dir)) {
         NodeState::Running
+    } else if snapshot::has_machine(paths, snapshot::SUSPENDED, name) {
+        NodeState::Suspended
     } else if dir.join("node.json").exists() {
         NodeState::Stopped
     } else {

@@ -122,7 +122,7 @@ impl TestLab {
 
 impl Drop for TestLab {
     fn drop(&mut self) {
-        let output = output(self.command(&["destroy", "--yes"]), b"");
+        let output = output(self.command(&["destroy", "--yes", "--forget"]), b"");
         if !output.status.success() && !std::thread::panicking() {
             panic!("lab destroy: {}\n{}", output.status, text(&output));
         }

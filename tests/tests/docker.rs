@@ -1,7 +1,7 @@
 //! The flagship: labfiles/docker.toml, three nodes of Debian 13 with Docker running inside.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use lab_tests::{TestLab, free_port, http_get};
+use lab_tests::{TestLab, free_port, http_get, output};
 
 #[test]
 fn three_nodes_with_docker() {
@@ -30,5 +30,14 @@ fn three_nodes_with_docker() {
     // Nothing is left to do.
     let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
     assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == true), "{plan:#}");
+    // A lab that was destroyed is up again as it was: nothing is installed, and the containers still run.
+    let running = lab.shell("worker1", "docker ps --no-trunc --format '{{.ID}} {{.Names}}'", b"");
     lab.run(&["destroy", "--yes"]);
+    let again = output(lab.command(&["up"]), b"");
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert!(again.status.success() && said.contains("restore snapshot first-up"), "{said}");
+    assert!(!said.contains("docker/install"), "{said}");
+    assert_eq!(lab.shell("worker1", "docker ps --no-trunc --format '{{.ID}} {{.Names}}'", b""), running);
+    assert!(http_get(port, "/").contains("worker1"));
+    lab.run(&["check"]);
 }

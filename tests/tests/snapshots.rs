@@ -158,8 +158,97 @@ fn a_running_lab_comes_back_as_it_was() {
     assert!(why.contains("a: ") && why.contains("it is damaged"), "{why}");
     lab.run(&["up"]);
     assert_eq!(ask(&lab, "a", "cat /root/second"), "second");
+    // Layers go with the last that stands on them.
     lab.run(&["snapshot", "rm", "two"]);
-    assert_eq!((snapshots(&lab), layers(name)), (vec![], 0), "layers that nothing stands on");
+    assert!(snapshots(&lab).is_empty() && layers(name) >= 3, "{} layers", layers(name));
+    lab.run(&["destroy", "--yes", "a", "b"]);
+    assert_eq!(layers(name), 0, "layers that nothing stands on");
+}
+
+#[test]
+fn a_destroyed_lab_is_up_again_at_once() {
+    let text = |step: &str| {
+        let id = "head -c 8 /dev/urandom | md5sum >/tmp/id; cp /tmp/id /root/id";
+        labfile("kept") + &format!("[[step]]\nname = \"id\"\non = \"a\"\nrun = \"{id}{step}\"\n")
+    };
+    let lab = TestLab::new(&text(""));
+    let up = |arguments: &[&str]| {
+        let said = lab_tests::output(lab.command(arguments), b"");
+        assert!(said.status.success(), "{}", lab_tests::text(&said));
+        // In memory and on the disk.
+        assert_eq!(ask(&lab, "a", "cmp /tmp/id /root/id && echo same"), "same");
+        assert_eq!(ask(&lab, "b", "ping -c 1 -W 20 a >/dev/null && echo there"), "there");
+        (ask(&lab, "a", "cat /tmp/id"), String::from_utf8(said.stderr).unwrap())
+    };
+    let (first, _) = up(&["up"]);
+    assert_eq!(snapshots(&lab), ["first-up"]);
+    ask(&lab, "a", "echo mess >/tmp/id; echo mess >/root/id; sync");
+    lab.run(&["destroy", "--yes"]);
+    let (second, said) = up(&["up"]);
+    assert_eq!(second, first, "{said}");
+    // What the snapshot was made from need not be there any more.
+    lab.run(&["destroy", "--yes"]);
+    assert_eq!(up(&["up"]).0, first);
+    lab.run(&["destroy", "--yes"]);
+    let (fresh, said) = up(&["up", "--fresh"]);
+    assert_ne!(fresh, first, "{said}");
+    // Something that matters.
+    lab.run(&["destroy", "--yes"]);
+    lab.rewrite(&text("; true"));
+    let (changed, said) = up(&["up"]);
+    assert!(changed != fresh && said.contains("since a: step/id has changed"), "{said}");
+    // Something that does not.
+    lab.run(&["destroy", "--yes"]);
+    lab.rewrite(&(text("; true") + "[[check]]\nname = \"c\"\nrun = \"true\"\n"));
+    assert_eq!(up(&["up"]).0, changed);
+    assert!(lab.run(&["check"]).contains("c"));
+    // A damaged one: all is done again.
+    lab.run(&["destroy", "--yes"]);
+    let home = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
+    let state = std::path::Path::new(&home).join("kept/kept/snapshots/first-up/a/state");
+    std::fs::write(&state, "no state").unwrap();
+    let (again, said) = up(&["up"]);
+    assert!(again != changed && said.contains("is of no use"), "{said}");
+    lab.run(&["destroy", "--yes", "--forget"]);
+    let (last, _) = up(&["up"]);
+    assert_ne!(last, again);
+    lab.run(&["destroy", "--yes", "--forget"]);
+}
+
+#[test]
+fn a_suspended_lab_goes_on_once() {
+    let lab = TestLab::new(&labfile("suspended"));
+    lab.run(&["up"]);
+    assert!(lab.fails(1, &["resume"]).contains("is not suspended"));
+    ask(&lab, "b", WORK_B);
+    ask(&lab, "a", WORK_A);
+    let mut got = wait_for_more(&lab, 5);
+    for back in ["resume", "up", "restart"] {
+        lab.run(&["suspend"]);
+        assert_eq!(lab.state_of("a"), "suspended");
+        let (status, _) = lab.shell("a", "true", b"");
+        assert_ne!(status, Some(0), "a suspended node runs nothing");
+        lab.run(&[back]);
+        assert_eq!(lab.state_of("a"), "running");
+        got = wait_for_more(&lab, got);
+        check_work(&lab);
+        assert!(snapshots(&lab).is_empty(), "it goes on once");
+        assert!(lab.fails(1, &["resume"]).contains("is not suspended"));
+    }
+    // Cut off at any moment, it is still there, suspended or not.
+    for delay in [400, 1500, 2500] {
+        kill_after(&lab, &["suspend"], Duration::from_millis(delay));
+        lab.run(&["up"]);
+        got = wait_for_more(&lab, got);
+        check_work(&lab);
+    }
+    lab.run(&["suspend"]);
+    for delay in [700, 2000, 3500] {
+        kill_after(&lab, &["resume"], Duration::from_millis(delay));
+    }
+    lab.run(&["up"]);
+    wait_for_more(&lab, got);
+    check_work(&lab);
 }
 
 /// Runs a `lab` command and kills it after a while.

@@ -68,6 +68,11 @@ impl Action for Boot {
         Ok(true)
     }
 
+    fn inputs(&self, _lab: &Lab) -> Option<String> {
+        let Node { name, role, ip, mac, cpus, memory_mib, .. } = &self.node;
+        serde_json::to_string(&(name, role, ip, mac, cpus, memory_mib)).ok()
+    }
+
     fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
         let name = &self.node.name;
         if self.stands_still(lab) {

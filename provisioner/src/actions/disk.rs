@@ -32,6 +32,11 @@ impl Action for Disk {
             && (0..disks).all(|index| dir.join(file_name(index)).exists()))
     }
 
+    fn inputs(&self, _lab: &Lab) -> Option<String> {
+        let Node { image, disk_bytes, extra_disks_bytes, .. } = &self.node;
+        serde_json::to_string(&(image, disk_bytes, extra_disks_bytes)).ok()
+    }
+
     fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
         let dir = lab.dirs.node(&self.node.name);
         paths::private_dir(&dir).map_err(crate::lab::Error::from)?;

@@ -38,6 +38,11 @@ impl Action for Image {
         }
     }
 
+    fn inputs(&self, lab: &Lab) -> Option<String> {
+        // What is to be built will be another one.
+        Some(lab.store.get(&self.name).map_or_else(|_| String::new(), |image| image.manifest.digest()))
+    }
+
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let image = lab.store.ensure(&self.name, &mut |step| task.detail(step))?;
         let target = lab.pinned(&folder(&image.manifest));

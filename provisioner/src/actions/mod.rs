@@ -94,6 +94,8 @@ pub trait Action: Send + Sync {
     fn describe(&self) -> String;
     /// Whether nothing is left to do. Cheap, and without effect.
     fn is_done(&self, lab: &Lab) -> Result<bool, Error>;
+    /// All that its result depends on, beside what comes before it; `None` if nothing of it lasts.
+    fn inputs(&self, lab: &Lab) -> Option<String>;
     /// Does it. Interrupted at any point, it can be run again.
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error>;
 }

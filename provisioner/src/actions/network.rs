@@ -23,6 +23,10 @@ impl Action for Network {
         Ok(state::net_is_running(&lab.dirs) && running_config(lab)? == Some(lab.network_config()))
     }
 
+    fn inputs(&self, lab: &Lab) -> Option<String> {
+        serde_json::to_string(&lab.topology.network).ok()
+    }
+
     fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
         let config = lab.network_config();
         match running_config(lab)? {

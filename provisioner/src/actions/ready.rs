@@ -38,6 +38,10 @@ impl Action for Ready {
         Ok(running && marker(lab, &self.node.name).exists())
     }
 
+    fn inputs(&self, _lab: &Lab) -> Option<String> {
+        None
+    }
+
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let (manifest, _) = lab.image_of(&self.node.name)?;
         let channel = lab.channel(&self.node.name);

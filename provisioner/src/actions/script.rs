@@ -122,6 +122,10 @@ impl Action for Script {
         Ok(records.get(&self.name) == Some(&self.digest()))
     }
 
+    fn inputs(&self, _lab: &Lab) -> Option<String> {
+        Some(self.digest())
+    }
+
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let channel = lab.channel(&self.node.name);
         let mut runs = RUNS;

@@ -38,8 +38,9 @@ fn need(command: &Command) -> Need {
         | Command::Doctor
         | Command::Schema
         | Command::Completions { .. } => Need::Nothing,
-        Command::Up
+        Command::Up { .. }
         | Command::Restart { .. }
+        | Command::Resume
         | Command::Snapshot { action: SnapshotAction::Restore { .. } } => Need::Start,
         _ => Need::Look,
     }
@@ -63,7 +64,7 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         return Ok(Place::Here(None));
     };
     let mut wants = Wants { start: need == Need::Start, forwards: Vec::new() };
-    if let Command::Snapshot { action: SnapshotAction::Restore { name } } = &cli.command {
+    if let Some(name) = restored(&cli.command) {
         wants.forwards = snapshot::state(&context.existing()?, name)?.all_forwards();
     } else if wants.start {
         // What can be found wrong here is told here, and images are built where building is quick.
@@ -87,7 +88,7 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         command.push("--yes".into()); // the user was asked here
     }
     // `up` goes on from wherever it was cut off, so it does: a machine that is only emulated does fall over.
-    let mut tries = if matches!(cli.command, Command::Up) { UP_TRIES } else { 1 };
+    let mut tries = if matches!(cli.command, Command::Up { .. }) { UP_TRIES } else { 1 };
     let carried = loop {
         let say = &mut |line: &str| context.progress.say(line);
         match carry::run(&context.paths, command.clone(), wants.clone(), say) {
@@ -101,6 +102,15 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
     match carried.map_err(host::Error::from)? {
         Carried::Ended(status) => Ok(Place::Ended(ExitCode::from(status))),
         Carried::Here(file) => Ok(Place::Here(Some(file))),
+    }
+}
+
+/// The snapshot that a command restores.
+fn restored(command: &Command) -> Option<&str> {
+    match command {
+        Command::Snapshot { action: SnapshotAction::Restore { name } } => Some(name),
+        Command::Resume => Some(snapshot::SUSPENDED),
+        _ => None,
     }
 }
 

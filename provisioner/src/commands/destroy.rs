@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Context, Error, halt};
-use crate::lab::Lab;
+use crate::{lab::Lab, snapshot};
 
 /// Asks whether these nodes, or the lab, are to be removed, where there is somebody to ask and something to remove.
 pub fn confirmed(context: &Context, nodes: &[String]) -> Result<bool, Error> {
@@ -19,9 +19,12 @@ pub fn confirmed(context: &Context, nodes: &[String]) -> Result<bool, Error> {
 }
 
 /// Removes nodes with their disks; without names, the lab.
-pub fn run(context: &Context, nodes: &[String]) -> Result<ExitCode, Error> {
+pub fn run(context: &Context, nodes: &[String], forget: bool) -> Result<ExitCode, Error> {
     let lab = match context.existing() {
         Err(Error::Lab(crate::lab::Error::NotThere(name))) => {
+            if forget {
+                snapshot::kept::forget(&context.wanted()?)?;
+            }
             context.progress.say(&format!("the lab `{name}` is not there"));
             return Ok(ExitCode::SUCCESS);
         }
@@ -32,10 +35,14 @@ pub fn run(context: &Context, nodes: &[String]) -> Result<ExitCode, Error> {
     if nodes.is_empty() {
         remove(&lab.dirs.sockets)?;
         remove(&lab.dirs.dir)?;
+        if forget {
+            snapshot::kept::forget(&lab)?;
+        }
     } else {
         for name in nodes {
             remove(&lab.dirs.node(name))?;
         }
+        snapshot::prune(&lab)?;
     }
     drop(lock);
     context.progress.say(&format!("removed {}", what(&lab, nodes)));

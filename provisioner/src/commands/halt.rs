@@ -15,11 +15,11 @@ pub fn halt(context: &Context, nodes: &[String], force: bool) -> Result<ExitCode
 
 /// Powers nodes off and brings the lab up.
 pub fn restart(context: &Context, nodes: &[String], force: bool) -> Result<ExitCode, Error> {
-    let lab = context.wanted()?;
+    let mut lab = context.wanted()?;
     lab.nodes(nodes)?;
     let _lock = lab.lock()?;
     off(&lab, nodes, force)?;
-    up::bring_up(&lab)?;
+    up::bring_up(&mut lab)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -7,7 +7,7 @@ use crate::{actions, json_file, state::StepRecords};
 
 /// Forgets that the steps have run on these nodes, then brings the lab up.
 pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<ExitCode, Error> {
-    let lab = context.wanted()?;
+    let mut lab = context.wanted()?;
     let _lock = lab.lock()?;
     let chosen = lab.nodes(nodes)?;
     let known: Vec<String> = actions::plan(&lab)?.items.iter().map(|item| item.action.describe()).collect();
@@ -32,6 +32,6 @@ pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<Ex
         records.retain(|name, _| step.is_some_and(|step| !is_step(name, step)));
         json_file::write(&file, &records)?;
     }
-    up::bring_up(&lab)?;
+    up::bring_up(&mut lab)?;
     Ok(ExitCode::SUCCESS)
 }

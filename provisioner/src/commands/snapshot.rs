@@ -27,9 +27,41 @@ pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error>
     Ok(ExitCode::SUCCESS)
 }
 
+/// Puts the lab away.
+pub fn suspend(context: &Context) -> Result<ExitCode, Error> {
+    let lab = context.existing()?;
+    let _lock = lab.lock()?;
+    told(&lab, "suspend", |task| snapshot::suspend(&lab, task))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Goes on with a lab that was put away.
+pub fn resume(context: &Context) -> Result<ExitCode, Error> {
+    let mut lab = context.existing()?;
+    let _lock = lab.lock()?;
+    restore(&mut lab, snapshot::SUSPENDED)?;
+    status::print(context, &lab)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Does what comes before everything else that brings a lab up: a restoring that was interrupted, and what was suspended.
+/// What the labfile says comes after it.
+pub fn go_on(lab: &mut Lab) -> Result<(), Error> {
+    let name = match snapshot::is_unfinished(lab)? {
+        Some(name) => name,
+        None if snapshot::is_suspended(lab) => snapshot::SUSPENDED.into(),
+        None => return Ok(()),
+    };
+    let wanted = lab.topology.clone();
+    restore(lab, &name)?;
+    lab.topology = wanted;
+    Ok(())
+}
+
 /// Restores a snapshot, with progress.
 pub fn restore(lab: &mut Lab, name: &str) -> Result<(), Error> {
-    let task = lab.progress.begin(&lab.topology.name, &format!("restore snapshot {name}"));
+    let what = if name == snapshot::SUSPENDED { "resume".into() } else { format!("restore snapshot {name}") };
+    let task = lab.progress.begin(&lab.topology.name, &what);
     let restored = snapshot::restore(lab, name, &task);
     end(task, restored)
 }

@@ -3,14 +3,25 @@
 use std::process::ExitCode;
 
 use super::{Context, Error, status};
-use crate::{actions, capacity, channel, lab::Lab, plan};
+use crate::{
+    actions, capacity, channel,
+    lab::Lab,
+    plan,
+    snapshot::{
+        FIRST_UP,
+        kept::{self, Found},
+    },
+};
 
 /// Brings the lab up.
-pub fn run(context: &Context) -> Result<ExitCode, Error> {
+pub fn run(context: &Context, fresh: bool) -> Result<ExitCode, Error> {
     let mut lab = context.wanted()?;
     let _lock = lab.lock()?;
-    finish_restoring(&mut lab)?;
-    bring_up(&lab)?;
+    if !fresh {
+        start_from_kept(&mut lab)?;
+    }
+    bring_up(&mut lab)?;
+    keep(&mut lab)?;
     if !context.json {
         context.progress.say("");
     }
@@ -21,18 +32,54 @@ pub fn run(context: &Context) -> Result<ExitCode, Error> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Goes on with a restoring that was interrupted; what the labfile says comes after it.
-fn finish_restoring(lab: &mut Lab) -> Result<(), Error> {
-    if let Some(name) = crate::snapshot::is_unfinished(lab)? {
-        let wanted = lab.topology.clone();
-        super::snapshot::restore(lab, &name)?;
-        lab.topology = wanted;
+/// Starts a lab that is not there yet from what its first `up` came to.
+fn start_from_kept(lab: &mut Lab) -> Result<(), Error> {
+    if lab.dirs.state().exists() {
+        return Ok(());
     }
+    match kept::bring_back(lab)? {
+        Found::Nothing => return Ok(()),
+        Found::Differs(what) => {
+            let name = &lab.topology.name;
+            lab.progress.say(&format!("{name}: not from the snapshot of its first up, since {what}"));
+            return Ok(());
+        }
+        Found::There => {}
+    }
+    let wanted = lab.topology.clone();
+    let restored = super::snapshot::restore(lab, FIRST_UP);
+    lab.topology = wanted;
+    if let Err(error) = restored {
+        lab.progress.warn(&format!("the snapshot of its first up is of no use: {error}"));
+        return Ok(kept::give_up(lab)?);
+    }
+    lab.came_up = true;
+    lab.record()?;
     Ok(())
 }
 
+/// Keeps what the first `up` came to. That it can't is no failure of the lab.
+fn keep(lab: &mut Lab) -> Result<(), Error> {
+    if lab.came_up {
+        return Ok(());
+    }
+    let task = lab.progress.begin(&lab.topology.name, "keep a snapshot for the next up");
+    match kept::keep(lab, &task) {
+        Ok(true) => task.done(),
+        Ok(false) => lab.progress.say("there is no room to keep a snapshot for the next up"),
+        Err(error) => {
+            task.failed();
+            lab.progress.warn(&format!("the next up will do all of this again: {error}"));
+        }
+    }
+    lab.came_up = true;
+    Ok(lab.record()?)
+}
+
 /// Does what is missing.
-pub fn bring_up(lab: &Lab) -> Result<(), Error> {
+pub fn bring_up(lab: &mut Lab) -> Result<(), Error> {
+    super::snapshot::go_on(lab)?;
+    let lab = &*lab;
     capacity::check(lab)?;
     let plan = actions::plan(lab)?;
     lab.record()?;

@@ -6,12 +6,16 @@
 //! labs/NAME/layers/ID.qcow2             frozen overlays, below the disks of snapshots and nodes
 //! ```
 //!
+//! A suspended lab is one that has the snapshot `suspended` and does not run: `suspend`.
+//!
 //! `save` and `restore` make and use them, `layers` freezes disks, `clock` tells guests that time has passed.
 
 mod clock;
+pub mod kept;
 mod layers;
 mod restore;
 mod save;
+mod suspend;
 
 use std::{
     collections::BTreeMap,
@@ -31,11 +35,19 @@ use crate::{
 };
 
 pub use clock::catch_up;
+pub use layers::prune;
 pub use restore::{is_unfinished, restore};
 pub use save::save;
+pub use suspend::{is_suspended, suspend};
 
+/// Name of the snapshot that the first `up` makes.
+pub const FIRST_UP: &str = "first-up";
+/// Name of the snapshot that `lab suspend` makes.
+pub const SUSPENDED: &str = "suspended";
 /// Version of `snapshot.json`.
 const FORMAT: u32 = 1;
+/// File of a node that `lab-vmm` writes.
+const STATE: &str = "state";
 /// Files of a node's folder that its guest knows the content of.
 const KEYS: [&str; 2] = ["ssh_host_ed25519_key", "ssh_host_ed25519_key.pub"];
 
@@ -62,6 +74,12 @@ pub enum Error {
         /// What there is.
         known: String,
     },
+    /// A name that is lab's.
+    #[error("`{0}` is a snapshot that lab makes by itself: take another name")]
+    Reserved(String),
+    /// Nothing is suspended.
+    #[error("the lab `{0}` is not suspended: `lab up` starts what does not run")]
+    NotSuspended(String),
     /// Not a name.
     #[error("`{0}` is no name for a snapshot: use small letters, digits and -, at most 63")]
     Name(String),
@@ -187,6 +205,12 @@ fn check_name(name: &str) -> Result<(), Error> {
     if good { Ok(()) } else { Err(Error::Name(name.into())) }
 }
 
+/// Whether a snapshot has the running machine of a node.
+pub fn has_machine(dirs: &LabPaths, name: &str, node: &str) -> bool {
+    let folder = folder(dirs, name);
+    folder.join("snapshot.json").exists() && folder.join(node).join(STATE).exists()
+}
+
 /// Names of a lab's snapshots, sorted.
 pub fn names(dirs: &LabPaths) -> Vec<String> {
     let entries = fs::read_dir(dirs.dir.join("snapshots")).into_iter().flatten().flatten();
@@ -210,6 +234,7 @@ fn read(lab: &Lab, name: &str) -> Result<Record, Error> {
     let path = folder(&lab.dirs, name).join("snapshot.json");
     let known = names(&lab.dirs);
     match json_file::read::<Version>(&path)? {
+        None if name == SUSPENDED => Err(Error::NotSuspended(lab.topology.name.clone())),
         None => Err(Error::NotThere {
             lab: lab.topology.name.clone(),
             name: name.into(),
@@ -250,12 +275,17 @@ pub fn list(lab: &Lab) -> Result<Vec<Entry>, Error> {
 /// Removes a snapshot, and the layers that nothing else stands on.
 pub fn remove(lab: &Lab, name: &str) -> Result<(), Error> {
     read(lab, name)?;
+    forget(lab, name)?;
+    layers::prune(lab)
+}
+
+/// Removes a snapshot alone.
+fn forget(lab: &Lab, name: &str) -> Result<(), Error> {
     let folder = folder(&lab.dirs, name);
     // The record first: what is left of an interrupted removal is no snapshot.
     let record = folder.join("snapshot.json");
     fs::remove_file(&record).map_err(io("remove", &record))?;
-    fs::remove_dir_all(&folder).map_err(io("remove", &folder))?;
-    layers::prune(lab)
+    fs::remove_dir_all(&folder).map_err(io("remove", &folder))
 }
 
 /// Space that a file takes, in bytes.

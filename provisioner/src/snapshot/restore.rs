@@ -7,7 +7,7 @@ use std::{fs, path::PathBuf};
 
 use lab_vmm::control as vmm;
 
-use super::{Error, KEYS, Record, clock, each, folder, io, layers, read};
+use super::{Error, KEYS, Record, SUSPENDED, clock, each, folder, io, layers, read};
 use crate::{
     actions::{self, Action},
     control, json_file,
@@ -32,8 +32,8 @@ pub fn is_unfinished(lab: &Lab) -> Result<Option<String>, Error> {
 pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
     let record = read(lab, name)?;
     json_file::write(&under_way(&lab.dirs), &name)?;
-    let restored = go_back(lab, name, &record, task);
-    if let Err(error @ (Error::Node { .. } | Error::Action(_))) = restored {
+    let loaded = load(lab, name, &record, task);
+    if let Err(error @ (Error::Node { .. } | Error::Action(_))) = loaded {
         // It won't do better the next time: `up` boots the nodes from their disks, which are those of the snapshot.
         for node in record.nodes.keys() {
             drop(machine::power_off(lab, node, true, task));
@@ -41,17 +41,27 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
         finish(lab)?;
         return Err(error);
     }
-    restored?;
-    finish(lab)
+    let running = loaded?;
+    finish(lab)?;
+    task.detail("resume");
+    each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
+    each(&running, |node| clock::catch_up(lab, node))?;
+    Ok(())
 }
 
+/// The lab is what the snapshot says, and no guest has gone on yet. From here on `up` lets those go on that stand still,
+/// and what was suspended has either gone on or been given up.
 fn finish(lab: &Lab) -> Result<(), Error> {
+    if super::is_suspended(lab) {
+        super::forget(lab, SUSPENDED)?;
+    }
     let file = under_way(&lab.dirs);
     fs::remove_file(&file).map_err(io("remove", &file))?;
     layers::prune(lab)
 }
 
-fn go_back(lab: &mut Lab, name: &str, record: &Record, task: &Task) -> Result<(), Error> {
+/// Makes everything as it was in the snapshot, its machines standing still; gives their names.
+fn load(lab: &mut Lab, name: &str, record: &Record, task: &Task) -> Result<Vec<String>, Error> {
     task.detail("pull the plugs");
     // With the network, so that no frame of what is given up reaches a restored node.
     for node in state::nodes_on_disk(&lab.dirs) {
@@ -86,8 +96,5 @@ fn go_back(lab: &mut Lab, name: &str, record: &Record, task: &Task) -> Result<()
         let snapshot = Some(folder(&lab.dirs, name).join(node));
         action(&actions::Boot { node: lab.node(node)?.clone(), snapshot }, lab)
     })?;
-    task.detail("resume");
-    each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
-    each(&running, |node| clock::catch_up(lab, node))?;
-    Ok(())
+    Ok(running)
 }

@@ -1,20 +1,30 @@
 //! `lab snapshot save`: all nodes stand still at one instant, their machines are written, their disks frozen, and they go
-//! on. The snapshot has its name when all of it is on the disk.
+//! on, or not, if the lab is to be suspended. The snapshot has its name when all of it is on the disk.
 
 use std::{fs, path::Path};
 
 use lab_vmm::control as vmm;
 
-use super::{Error, FORMAT, KEYS, Record, SavedNode, check_name, clock, each, folder, io, layers};
+use super::{
+    Error, FIRST_UP, FORMAT, KEYS, Record, SUSPENDED, SavedNode, check_name, clock, each, folder, io, layers,
+};
 use crate::{
     actions, control, json_file,
     lab::Lab,
     progress::Task,
-    state::{self, LabState, NodeState},
+    state::{self, NodeState},
 };
 
-/// Saves the lab as snapshot `name`.
+/// Saves the lab as snapshot `name`, and lets it go on.
 pub fn save(lab: &Lab, name: &str, task: &Task) -> Result<(), Error> {
+    if [SUSPENDED, FIRST_UP].contains(&name) {
+        return Err(Error::Reserved(name.into()));
+    }
+    take(lab, name, true, task)
+}
+
+/// Saves the lab as snapshot `name`. If it is not to go on, it stands still afterwards, unless something failed.
+pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<(), Error> {
     check_name(name)?;
     let target = folder(&lab.dirs, name);
     if target.join("snapshot.json").exists() {
@@ -45,12 +55,18 @@ pub fn save(lab: &Lab, name: &str, task: &Task) -> Result<(), Error> {
     task.detail("pause");
     let written = each(&running, |node| ask(node, vmm::Action::Pause))
         .and_then(|_| write(lab, &nodes, &running, &partial, task));
-    // Whatever came of it, nobody is left standing.
-    task.detail("resume");
-    let resumed = each(&running, |node| ask(node, vmm::Action::Resume));
+    // If it failed, nobody is left standing.
+    let resumed = if go_on || written.is_err() {
+        task.detail("resume");
+        each(&running, |node| ask(node, vmm::Action::Resume)).map(drop)
+    } else {
+        Ok(())
+    };
     let record = written?;
     resumed?;
-    each(&running, |node| clock::catch_up(lab, node))?;
+    if go_on {
+        each(&running, |node| clock::catch_up(lab, node))?;
+    }
     task.detail("sync");
     each(&running, |node| sync(&partial.join(node)))?;
     for id in record.nodes.values().flat_map(|node| &node.layers) {
@@ -88,7 +104,7 @@ fn write(
         format: FORMAT,
         lab_version: env!("CARGO_PKG_VERSION").into(),
         created_s: super::now_s(),
-        state: LabState { topology: lab.topology.clone(), forwards: lab.added_forwards.clone() },
+        state: lab.state(),
         nodes: Default::default(),
     };
     for node in nodes {

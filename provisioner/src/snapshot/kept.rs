@@ -1,0 +1,195 @@
+//! What the first `up` of a lab came to is kept, so that a later one need not do it again: the snapshot `first-up` of the
+//! running lab, with everything below it, in `LAB_HOME/kept/NAME`. It outlives `lab destroy`, and the next `up` starts
+//! from there, if all that it depends on is as it was.
+//!
+//! The folder is built like a lab's and shares its files by hard links: nothing is copied in either direction.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use sha2::{Digest, Sha256};
+
+use super::{Error, FIRST_UP, folder, io, layers, read, save};
+use crate::{actions, json_file, lab::Lab, progress::Task};
+
+/// Room on the disk that must be left when the memory of all nodes has been written, in bytes.
+const SPARE: u64 = 1 << 30;
+
+/// All that a lab depends on: what, and its digest or value.
+type Key = BTreeMap<String, String>;
+
+fn kept(lab: &Lab) -> PathBuf {
+    lab.paths.home().join("kept").join(&lab.topology.name)
+}
+
+/// What keeps a kept snapshot from being used.
+#[derive(Debug)]
+pub enum Found {
+    /// There is none.
+    Nothing,
+    /// It is of another lab: what differs.
+    Differs(String),
+    /// It is in the lab's folder now, as snapshot [`FIRST_UP`].
+    There,
+}
+
+/// Puts what was kept of this lab into its folder, which has nothing yet.
+pub fn bring_back(lab: &Lab) -> Result<Found, Error> {
+    let kept = kept(lab);
+    let Some(then) = json_file::read::<Key>(&kept.join("key.json"))? else { return Ok(Found::Nothing) };
+    let now = key(lab)?;
+    if let Some(what) = difference(&then, &now) {
+        return Ok(Found::Differs(what));
+    }
+    for part in ["images", "layers", "ssh", "snapshots"] {
+        link(&kept.join(part), &lab.dirs.dir.join(part))?;
+    }
+    Ok(Found::There)
+}
+
+/// What was brought back is of no use: the lab has nothing again, and nothing is kept of it.
+pub fn give_up(lab: &Lab) -> Result<(), Error> {
+    forget(lab)?;
+    match fs::remove_file(lab.dirs.state()) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(io("remove", &lab.dirs.state())(error));
+        }
+        _ => {}
+    }
+    for part in ["nodes", "snapshots", "layers", "images"] {
+        clear(&lab.dirs.dir.join(part))?;
+    }
+    Ok(lab.dirs.create()?)
+}
+
+/// Keeps the running lab as it is. False if there is no room for it.
+pub fn keep(lab: &Lab, task: &Task) -> Result<bool, Error> {
+    let memory: u64 = lab.topology.nodes.iter().map(|node| node.memory_mib << 20).sum();
+    let room = rustix::fs::statvfs(&lab.dirs.dir).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+    if room.is_ok_and(|room| room < memory.saturating_add(SPARE)) {
+        return Ok(false);
+    }
+    save::take(lab, FIRST_UP, true, task)?;
+    let target = kept(lab);
+    let partial = target.with_file_name(format!(".{}.part", lab.topology.name));
+    clear(&partial)?;
+    crate::paths::private_dir(&partial)?;
+    let dir = &lab.dirs.dir;
+    for part in ["images", "ssh"] {
+        link(&dir.join(part), &partial.join(part))?;
+    }
+    link(&folder(&lab.dirs, FIRST_UP), &partial.join("snapshots").join(FIRST_UP))?;
+    let record = read(lab, FIRST_UP)?;
+    for layer in layers::below(&lab.dirs, record.nodes.values().flat_map(|node| &node.layers))? {
+        if let Some(from) = layer.parent()
+            && let Some(name) = from.file_name()
+        {
+            link(from, &partial.join("layers").join(name))?;
+        }
+    }
+    json_file::write(&partial.join("key.json"), &key(lab)?)?;
+    forget(lab)?;
+    fs::rename(&partial, &target).map_err(io("make", &target))?;
+    Ok(true)
+}
+
+/// Removes what is kept of this lab.
+pub fn forget(lab: &Lab) -> Result<(), Error> {
+    let kept = kept(lab);
+    // Without a key it is nothing.
+    match fs::remove_file(kept.join("key.json")) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &kept)(error)),
+        _ => clear(&kept),
+    }
+}
+
+fn clear(folder: &Path) -> Result<(), Error> {
+    match fs::remove_dir_all(folder) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(error)),
+        _ => Ok(()),
+    }
+}
+
+/// All that the lab depends on, as things are now.
+fn key(lab: &Lab) -> Result<Key, Error> {
+    let mut key = Key::new();
+    for item in actions::plan(lab).map_err(Box::new)?.items {
+        if let Some(inputs) = item.action.inputs(lab) {
+            let subject = item.node.as_deref().unwrap_or(&lab.topology.name);
+            key.insert(format!("{subject}: {}", item.action.describe()), digest(&inputs));
+        }
+    }
+    key.insert("the version of lab".into(), env!("CARGO_PKG_VERSION").into());
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let kind = |line: &&str| ["vendor_id", "model name", "flags"].iter().any(|name| line.starts_with(name));
+    let first: Vec<&str> = cpu.lines().take_while(|line| !line.is_empty()).filter(kind).collect();
+    key.insert("the processor".into(), digest(&first.join("\n")));
+    Ok(key)
+}
+
+fn digest(text: &str) -> String {
+    Sha256::digest(text).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What differs first, in words.
+fn difference(then: &Key, now: &Key) -> Option<String> {
+    let changed = now.iter().find(|(name, value)| then.get(*name).is_some_and(|before| before != *value));
+    let added = now.keys().find(|name| !then.contains_key(*name));
+    let removed = then.keys().find(|name| !now.contains_key(*name));
+    changed
+        .map(|(name, _)| format!("{name} has changed"))
+        .or_else(|| added.map(|name| format!("{name} is new")))
+        .or_else(|| removed.map(|name| format!("{name} is gone")))
+}
+
+/// Gives all files below `from` a second name below `to`; those that are there already stay.
+fn link(from: &Path, to: &Path) -> Result<(), Error> {
+    crate::paths::private_dir(to)?;
+    for entry in fs::read_dir(from).map_err(io("read", from))? {
+        let entry = entry.map_err(io("read", from))?;
+        let target = to.join(entry.file_name());
+        if entry.file_type().map_err(io("look at", &entry.path()))?.is_dir() {
+            link(&entry.path(), &target)?;
+        } else if !target.exists() {
+            fs::hard_link(entry.path(), &target).map_err(io("link", &target))?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_differs_is_named() {
+        let key = |pairs: &[(&str, &str)]| -> Key {
+            pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
+        };
+        let then = key(&[("a: boot", "1"), ("a: step/x", "2")]);
+        assert_eq!(difference(&then, &then), None);
+        for (now, says) in [
+            (key(&[("a: boot", "9"), ("a: step/x", "2")]), "a: boot has changed"),
+            (key(&[("a: boot", "1"), ("a: step/x", "2"), ("b: boot", "1")]), "b: boot is new"),
+            (key(&[("a: boot", "1")]), "a: step/x is gone"),
+        ] {
+            assert_eq!(difference(&then, &now).as_deref(), Some(says));
+        }
+    }
+
+    #[test]
+    fn trees_are_linked_and_complete_themselves() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
+        fs::create_dir_all(from.join("a/b")).unwrap();
+        fs::write(from.join("a/b/file"), "1").unwrap();
+        fs::write(from.join("top"), "2").unwrap();
+        link(&from.join("a"), &to.join("a")).unwrap();
+        link(&from, &to).unwrap();
+        assert_eq!(fs::read_to_string(to.join("a/b/file")).unwrap(), "1");
+        assert_eq!(std::os::unix::fs::MetadataExt::nlink(&fs::metadata(to.join("top")).unwrap()), 2);
+    }
+}
