@@ -118,6 +118,7 @@ impl GuestRam {
         if found != expected {
             return Err(LoadError::Length { found, expected });
         }
+        let mut buffer = vec![0; PIECE];
         for (index, piece) in pieces(&ram.memory).enumerate() {
             let Ok(known) = sums.0.binary_search_by_key(&(index as u32), |(piece, _)| *piece) else {
                 continue;
@@ -137,8 +138,9 @@ impl GuestRam {
             if mapped == libc::MAP_FAILED {
                 return Err(io::Error::last_os_error().into());
             }
-            // SAFETY: just mapped; nobody writes to it yet.
-            let data = unsafe { slice::from_raw_parts(piece.0, piece.1) };
+            // Read, not touched: a page fault for each page would take longer.
+            let data = buffer.get_mut(..piece.1).unwrap_or_default();
+            file.read_exact_at(data, (index * PIECE) as u64)?;
             let mut sum = Sum::default();
             data.chunks(PAGE).enumerate().for_each(|(number, page)| {
                 sum.add(number, page);
