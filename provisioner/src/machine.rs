@@ -49,7 +49,11 @@ pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), 
     drop(fs::remove_file(actions::ready_marker(lab, node)));
     let socket = lab.dirs.node_socket(node, "ctl");
     let lock = state::vmm_lock(&lab.dirs.node(node));
-    if !force && control::ask_vmm(&socket, vmm::Action::PowerButton).is_ok() {
+    // A guest that stands still sees no button.
+    if !force
+        && control::ask_vmm(&socket, vmm::Action::Resume).is_ok()
+        && control::ask_vmm(&socket, vmm::Action::PowerButton).is_ok()
+    {
         if wait_released(&lock, lab.limit(POWER_OFF_LIMIT_S)) {
             return Ok(());
         }

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use super::{Context, Error, status, table};
-use crate::{cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
+use crate::{capacity, cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
 
 /// Saves, restores, lists or removes snapshots.
 pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error> {
@@ -61,6 +61,7 @@ pub fn go_on(lab: &mut Lab) -> Result<(), Error> {
 /// Restores a snapshot, with progress.
 pub fn restore(lab: &mut Lab, name: &str) -> Result<(), Error> {
     let what = if name == snapshot::SUSPENDED { "resume".into() } else { format!("restore snapshot {name}") };
+    capacity::check(lab)?;
     let task = lab.progress.begin(&lab.topology.name, &what);
     let restored = snapshot::restore(lab, name, &task);
     end(task, restored)

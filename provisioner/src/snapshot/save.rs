@@ -62,7 +62,15 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
     } else {
         Ok(())
     };
-    let record = written?;
+    let record = match written {
+        Ok(record) => record,
+        Err(error) => {
+            // Room for what has to go on. What can't be removed goes with the next try.
+            drop(fs::remove_dir_all(&partial));
+            drop(layers::prune(lab));
+            return Err(error);
+        }
+    };
     resumed?;
     if go_on {
         each(&running, |node| clock::catch_up(lab, node))?;

@@ -194,6 +194,36 @@ fn a_snapshot_goes_on_where_it_was_made() {
 }
 
 #[test]
+fn a_restored_machine_that_resets_boots() {
+    if !kvm() {
+        return;
+    }
+    // Counts in memory and says each number's low byte, up to 20000; then resets.
+    let counter = 0x20_0000u32.to_le_bytes();
+    let count = Code::default().raw(&[0xff, 0x05]).raw(&counter).raw(&[0xa0]).raw(&counter);
+    // mov dx, COM1; out dx, al; cmp dword [counter], 20000; jb back over these 28 bytes
+    let count = count.raw(&[0x66, 0xba, 0xf8, 0x03, 0xee, 0x81, 0x3d]).raw(&counter);
+    let count = count.raw(&20_000u32.to_le_bytes()).raw(&[0x72, 0xe4]);
+    let mut bench = Bench::new(&elf(&count.out(0x602, 1).halt()));
+    let log = bench.path("log");
+    let numbers = || std::fs::read(&log).unwrap_or_default();
+    let running = bench.start();
+    wait(|| numbers().len() > 10, || "it says nothing".into());
+    let folder = bench.path("snapshot");
+    std::fs::create_dir(&folder).unwrap();
+    assert_eq!(bench.ask(Action::Pause), Reply::Done);
+    assert_eq!(bench.ask(Action::Save { folder: folder.clone() }), Reply::Done);
+    assert_eq!(bench.ask(Action::Kill), Reply::Done);
+    running.end();
+    bench.config.restore = Some(folder);
+    let _running = bench.start();
+    wait(|| numbers().len() > 20_100, || format!("it said {} numbers", numbers().len()));
+    let said = numbers();
+    let wrong = (0..20_100usize).find(|index| (index % 20_000 + 1) as u8 != said[*index]);
+    assert_eq!(wrong, None, "after the reset it did not begin at 1");
+}
+
+#[test]
 fn snapshots_that_do_not_suit_are_refused() {
     if !kvm() {
         return;
