@@ -53,9 +53,16 @@ pub fn go_on(lab: &mut Lab) -> Result<(), Error> {
         None => return Ok(()),
     };
     let wanted = lab.topology.clone();
-    restore(lab, &name)?;
+    let restored = restore(lab, &name);
     lab.topology = wanted;
-    Ok(())
+    match restored {
+        // Then from the disks.
+        Err(Error::Snapshot(error @ snapshot::Error::NotRestored { .. })) => {
+            lab.progress.warn(&error.to_string());
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Restores a snapshot, with progress.

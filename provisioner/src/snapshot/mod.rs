@@ -44,6 +44,8 @@ pub use suspend::{is_suspended, suspend};
 pub const FIRST_UP: &str = "first-up";
 /// Name of the snapshot that `lab suspend` makes.
 pub const SUSPENDED: &str = "suspended";
+/// Name of what was suspended and could not be restored.
+const NOT_RESUMED: &str = "not-resumed";
 /// Version of `snapshot.json`.
 const FORMAT: u32 = 1;
 /// File of a node that `lab-vmm` writes.
@@ -77,6 +79,16 @@ pub enum Error {
     /// A name that is lab's.
     #[error("`{0}` is a snapshot that lab makes by itself: take another name")]
     Reserved(String),
+    /// Its machines can't be loaded.
+    #[error(
+        "{source}\n  the nodes' disks are those of the snapshot now: `lab up` boots them; `lab snapshot restore {name}` tries again"
+    )]
+    NotRestored {
+        /// The snapshot.
+        name: String,
+        /// Why.
+        source: Box<Error>,
+    },
     /// Nothing is suspended.
     #[error("the lab `{0}` is not suspended: `lab up` starts what does not run")]
     NotSuspended(String),
@@ -277,6 +289,16 @@ pub fn remove(lab: &Lab, name: &str) -> Result<(), Error> {
     read(lab, name)?;
     forget(lab, name)?;
     layers::prune(lab)
+}
+
+/// Gives a snapshot another name, in the place of the one that has it.
+fn rename(lab: &Lab, from: &str, to: &str) -> Result<(), Error> {
+    let (from, to) = (folder(&lab.dirs, from), folder(&lab.dirs, to));
+    match fs::remove_dir_all(&to) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &to)(error)),
+        _ => {}
+    }
+    fs::rename(&from, &to).map_err(io("rename", &from))
 }
 
 /// Removes a snapshot alone.

@@ -7,7 +7,7 @@ use std::{fs, path::PathBuf};
 
 use lab_vmm::control as vmm;
 
-use super::{Error, KEYS, Record, SUSPENDED, clock, each, folder, io, layers, read};
+use super::{Error, KEYS, NOT_RESUMED, Record, SUSPENDED, clock, each, folder, io, layers, read};
 use crate::{
     actions::{self, Action},
     control, json_file,
@@ -38,10 +38,20 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
         for node in record.nodes.keys() {
             drop(machine::power_off(lab, node, true, task));
         }
+        if name == SUSPENDED {
+            super::rename(lab, SUSPENDED, NOT_RESUMED)?;
+        }
         finish(lab)?;
-        return Err(error);
+        return Err(Error::NotRestored {
+            name: if name == SUSPENDED { NOT_RESUMED } else { name }.into(),
+            source: Box::new(error),
+        });
     }
     let running = loaded?;
+    if super::is_suspended(lab) {
+        // It has gone on, or was given up.
+        super::forget(lab, SUSPENDED)?;
+    }
     finish(lab)?;
     task.detail("resume");
     each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
@@ -49,12 +59,9 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
     Ok(())
 }
 
-/// The lab is what the snapshot says, and no guest has gone on yet. From here on `up` lets those go on that stand still,
-/// and what was suspended has either gone on or been given up.
+/// The disks are what the snapshot says, and no guest has gone on yet: from here on `up` lets those go on that stand still,
+/// and boots those that don't run.
 fn finish(lab: &Lab) -> Result<(), Error> {
-    if super::is_suspended(lab) {
-        super::forget(lab, SUSPENDED)?;
-    }
     let file = under_way(&lab.dirs);
     fs::remove_file(&file).map_err(io("remove", &file))?;
     layers::prune(lab)
