@@ -83,6 +83,21 @@ impl TestLab {
         error
     }
 
+    /// Runs `lab up` after a command was killed: what that was carried by may take a moment to notice.
+    pub fn up_after_kill(&self) {
+        let end = Instant::now() + Duration::from_secs(120);
+        loop {
+            let output = output(self.command(&["up"]), b"");
+            let busy = String::from_utf8_lossy(&output.stderr).contains("another lab command");
+            if !busy {
+                assert!(output.status.success(), "lab up: {}\n{}", output.status, text(&output));
+                return;
+            }
+            assert!(Instant::now() < end, "the dead command still holds the lab");
+            std::thread::park_timeout(Duration::from_millis(500));
+        }
+    }
+
     /// Runs a shell command in a node, with `input`; returns status and standard output.
     pub fn shell(&self, node: &str, script: &str, input: &[u8]) -> (Option<i32>, String) {
         let output = output(self.command(&["exec", node, "sh", "-c", script]), input);

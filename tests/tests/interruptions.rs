@@ -5,7 +5,7 @@
 
 use std::{
     process::Stdio,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use lab_tests::{TestLab, free_port};
@@ -74,17 +74,7 @@ fn kill(lab: &TestLab, victim: Victim, wait: Duration) {
             let pid = up.id().to_string();
             drop(std::process::Command::new("kill").args([&format!("-{signal}"), &pid]).status());
             up.wait().unwrap();
-            // What the dead command was carried by may take a moment to notice.
-            let end = Instant::now() + Duration::from_secs(120);
-            loop {
-                let output = lab_tests::output(lab.command(&["up"]), b"");
-                let busy = String::from_utf8_lossy(&output.stderr).contains("another lab command");
-                if !busy {
-                    break;
-                }
-                assert!(Instant::now() < end, "the dead command still holds the lab");
-                std::thread::sleep(Duration::from_millis(500));
-            }
+            lab.up_after_kill();
         }
         Victim::Machine => {
             on_host(&format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32()))

@@ -239,7 +239,7 @@ fn a_suspended_lab_goes_on_once() {
     // Cut off at any moment, it is still there, suspended or not.
     for delay in [400, 1500, 2500] {
         kill_after(&lab, &["suspend"], Duration::from_millis(delay));
-        lab.run(&["up"]);
+        lab.up_after_kill();
         got = wait_for_more(&lab, got);
         check_work(&lab);
     }
@@ -247,7 +247,7 @@ fn a_suspended_lab_goes_on_once() {
     for delay in [700, 2000, 3500] {
         kill_after(&lab, &["resume"], Duration::from_millis(delay));
     }
-    lab.run(&["up"]);
+    lab.up_after_kill();
     wait_for_more(&lab, got);
     check_work(&lab);
     // One that is damaged: nothing is lost but what was in memory.
@@ -285,7 +285,7 @@ fn a_kill_leaves_the_old_or_the_new() {
     for (round, delay) in [300, 900, 1500, 2200].into_iter().enumerate() {
         let name = format!("s{round}");
         kill_after(&lab, &["snapshot", "save", &name], Duration::from_millis(delay));
-        lab.run(&["up"]);
+        lab.up_after_kill();
         assert_eq!(ask(&lab, "a", "cat /root/state"), "old");
         assert_eq!(ask(&lab, "b", "ping -c 1 -W 20 a >/dev/null && echo there"), "there");
         let now = snapshots(&lab);
@@ -296,7 +296,7 @@ fn a_kill_leaves_the_old_or_the_new() {
     for delay in [400, 1200, 2000, 3000] {
         ask(&lab, "a", "echo new >/root/state; sync");
         kill_after(&lab, &["snapshot", "restore", "last"], Duration::from_millis(delay));
-        lab.run(&["up"]);
+        lab.up_after_kill();
         let state = ask(&lab, "a", "cat /root/state");
         assert!(["old", "new"].contains(&&*state), "{state}");
         assert_eq!(ask(&lab, "b", "ping -c 1 -W 20 a >/dev/null && echo there"), "there");

@@ -7,7 +7,10 @@ use std::{
     ffi::OsString,
     fs::{self, File},
     io::{self, IsTerminal, Read},
-    os::unix::{net::UnixStream, process::CommandExt},
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixStream, process::CommandExt},
+    },
     process::{Child, Command, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
@@ -162,9 +165,11 @@ fn carry(
         // It ends with this process, if not before.
         std::thread::spawn(move || io::copy(&mut io::stdin(), &mut input));
     }
-    let result = converse(files, &mut ssh, &mut line, &signals, limit);
+    // Opened while there is such a process: it may end, and be waited for, before its answer has been read.
+    let ended = pidfd_open(Pid::from_child(&ssh), PidfdFlags::empty()).map_err(|e| io(e.into()))?;
+    let result = converse(files, &mut ssh, &ended, &mut line, &signals, limit);
     if result.is_ok() && limit.is_none() {
-        finish_output(&ssh, &signals)?;
+        finish_output(&ended, &signals)?;
     }
     // It may have ended by itself.
     ssh.kill().and_then(|()| ssh.wait()).map_err(io)?;
@@ -172,11 +177,10 @@ fn carry(
 }
 
 /// Waits until the last of a command's output has been passed on, as slowly as it may be read, or until a signal.
-fn finish_output(ssh: &Child, signals: &[(i32, UnixStream)]) -> Result<(), Error> {
+fn finish_output(ended: &OwnedFd, signals: &[(i32, UnixStream)]) -> Result<(), Error> {
     let io =
         |errno: rustix::io::Errno| Error::Io { what: "cannot wait for ssh".into(), source: errno.into() };
-    let ended = pidfd_open(Pid::from_child(ssh), PidfdFlags::empty()).map_err(io)?;
-    let mut waits = vec![PollFd::new(&ended, PollFlags::IN)];
+    let mut waits = vec![PollFd::new(ended, PollFlags::IN)];
     waits.extend(signals.iter().map(|(_, receiver)| PollFd::new(receiver, PollFlags::IN)));
     loop {
         match poll(&mut waits, None) {
@@ -190,12 +194,12 @@ fn finish_output(ssh: &Child, signals: &[(i32, UnixStream)]) -> Result<(), Error
 fn converse(
     files: &Files,
     ssh: &mut Child,
+    ended: &OwnedFd,
     line: &mut Line,
     signals: &[(i32, UnixStream)],
     limit: Option<Duration>,
 ) -> Result<Answer, Error> {
     let io = |source| Error::Io { what: "cannot wait for the emulated host".into(), source };
-    let ended = pidfd_open(Pid::from_child(ssh), PidfdFlags::empty()).map_err(|e| io(e.into()))?;
     let stdout = io::stdout();
     let mut end = limit.map(|limit| Instant::now() + limit);
     let mut ssh_ended = None;
@@ -204,7 +208,7 @@ fn converse(
         let mut waits = vec![PollFd::from_borrowed_fd(line.waits(), PollFlags::IN)];
         waits.extend(signals.iter().map(|(_, receiver)| PollFd::new(receiver, PollFlags::IN)));
         if ssh_ended.is_none() {
-            waits.push(PollFd::new(&ended, PollFlags::IN));
+            waits.push(PollFd::new(ended, PollFlags::IN));
         }
         // Nobody may read our output any more, which ssh does not tell the other side.
         if !unread {
