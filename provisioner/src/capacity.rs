@@ -41,7 +41,11 @@ pub enum Error {
     },
 }
 
-/// Refuses a lab that does not fit.
+/// Of the memory of a fork's nodes, the part that must be free: the rest it shares, until it is written to.
+const FORK_SHARE: u64 = 8;
+
+/// Refuses a lab that does not fit. Of a fork, only little need fit: it starts with nothing of its own, and whoever makes
+/// many of them means to have more than there is.
 pub fn check(lab: &Lab) -> Result<(), Error> {
     let labfile = lab.topology.labfile.display().to_string();
     let (mut memory_mib, mut disk_bytes) = (0u64, 0u64);
@@ -54,6 +58,9 @@ pub fn check(lab: &Lab) -> Result<(), Error> {
             let disks = node.extra_disks_bytes.iter().fold(node.disk_bytes, |sum, &b| sum.saturating_add(b));
             disk_bytes = disk_bytes.saturating_add(disks);
         }
+    }
+    if lab.fork.is_some() {
+        (memory_mib, disk_bytes) = (memory_mib / FORK_SHARE, 0);
     }
     let available = available_memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
     if let Some(available) = available

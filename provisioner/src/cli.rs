@@ -25,6 +25,9 @@ pub struct Global {
     /// Machine that labs run on: local or emulated [default: local where KVM works, else emulated]
     #[arg(long, global = true, env = "LAB_HOST", value_name = "HOST")]
     pub host: Option<String>,
+    /// Work on this fork of the lab
+    #[arg(long, global = true, env = "LAB_FORK", value_name = "N", value_parser = clap::value_parser!(u32).range(1..=400))]
+    pub fork: Option<u32>,
     /// How results are printed
     #[arg(short, long, global = true, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
     pub output: Output,
@@ -67,7 +70,11 @@ pub enum Command {
     /// Show the nodes of the lab
     Status,
     /// List all labs
-    Ls,
+    Ls {
+        /// With the memory and space that each really takes
+        #[arg(long)]
+        size: bool,
+    },
     /// Open a terminal in a node
     Ssh {
         /// The node [default: the first]
@@ -78,6 +85,9 @@ pub enum Command {
     },
     /// Run a command in a node; its input, output and exit status pass
     Exec {
+        /// In all forks of the lab, at the same time; without input
+        #[arg(long, conflicts_with = "fork")]
+        all_forks: bool,
         /// The node
         node: String,
         /// Command and arguments
@@ -144,6 +154,9 @@ pub enum Command {
         /// Don't ask
         #[arg(short, long, overrides_with = "yes")]
         yes: bool,
+        /// All forks of the lab, not the lab itself
+        #[arg(long, conflicts_with_all = ["fork", "nodes", "forget"])]
+        all_forks: bool,
         /// Remove the snapshot that the next `up` would start from, too
         #[arg(long)]
         forget: bool,
@@ -154,12 +167,28 @@ pub enum Command {
         #[command(subcommand)]
         action: Option<ForwardAction>,
     },
+    /// Let the holder of an SSH key into a node, at a port of this machine
+    Share {
+        /// The node [default: the first]
+        node: Option<String>,
+        /// File with their public key
+        #[arg(long, value_name = "FILE")]
+        key: std::path::PathBuf,
+    },
     /// Print a configuration for OpenSSH with all nodes
     SshConfig,
     /// Put the running lab away, to go on later where it was, even after a reboot of this machine
     Suspend,
     /// Go on with a suspended lab
     Resume,
+    /// Make copies of a snapshot that run beside the lab and each other
+    Fork {
+        /// The snapshot
+        snapshot: String,
+        /// How many there are to be; those that are there count
+        #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=400))]
+        count: u32,
+    },
     /// Save the whole running lab, and bring it back
     Snapshot {
         /// What to do

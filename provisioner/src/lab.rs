@@ -84,6 +84,8 @@ pub struct Lab {
     pub topology: Topology,
     /// Forwards beyond the labfile's.
     pub added_forwards: Vec<Forward>,
+    /// Its number, if it is a fork.
+    pub fork: Option<u32>,
     /// Whether an `up` has ever succeeded.
     pub came_up: bool,
     /// The image store.
@@ -106,6 +108,7 @@ impl Lab {
             return Err(Error::NameTaken { name: topology.name, other });
         }
         Ok(Self {
+            fork: state.as_ref().and_then(|state| state.fork),
             came_up: state.as_ref().is_some_and(|state| state.came_up),
             added_forwards: state.map(|state| state.forwards).unwrap_or_default(),
             store: Store::open(&paths.images()),
@@ -133,6 +136,7 @@ impl Lab {
         LabState {
             topology: self.topology.clone(),
             forwards: self.added_forwards.clone(),
+            fork: self.fork,
             came_up: self.came_up,
         }
     }

@@ -35,8 +35,8 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode, Error> {
     let context = Context::new(&cli)?;
     // Asked here, where the terminal is, whatever becomes of standard output.
-    if let Command::Destroy { nodes, yes: false, forget: _ } = &cli.command
-        && !commands::destroy::confirmed(&context, nodes)?
+    if let Command::Destroy { nodes, yes: false, all_forks, .. } = &cli.command
+        && !commands::destroy::confirmed(&context, nodes, *all_forks)?
     {
         return Ok(ExitCode::FAILURE);
     }
@@ -51,9 +51,11 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Plan => commands::plan::run(context),
         Command::Up { fresh } => commands::up::run(context, fresh),
         Command::Status => commands::status::run(context),
-        Command::Ls => commands::status::ls(context),
+        Command::Ls { size } => commands::ls::run(context, size),
         Command::Ssh { node, command } => commands::ssh::ssh(context, node.as_deref(), &command),
-        Command::Exec { node, command } => commands::ssh::exec(context, &node, &command),
+        Command::Exec { node, command, all_forks: true } => commands::fork::exec(context, &node, &command),
+        Command::Exec { node, command, all_forks: false } => commands::ssh::exec(context, &node, &command),
+        Command::Fork { snapshot, count } => commands::fork::run(context, &snapshot, count),
         Command::Cp { from, to } => commands::cp::run(context, &from, &to),
         Command::Logs { node, vmm, follow } => commands::logs::run(context, &node, vmm, follow),
         Command::Console { node } => commands::console::run(context, node.as_deref()),
@@ -61,8 +63,10 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Check { name } => commands::check::run(context, name.as_deref()),
         Command::Halt { nodes, force } => commands::halt::halt(context, &nodes, force),
         Command::Restart { nodes, force } => commands::halt::restart(context, &nodes, force),
-        Command::Destroy { nodes, yes: _, forget } => commands::destroy::run(context, &nodes, forget),
+        Command::Destroy { all_forks: true, .. } => commands::destroy::all_forks(context),
+        Command::Destroy { nodes, forget, .. } => commands::destroy::run(context, &nodes, forget),
         Command::Forward { action } => commands::forward::run(context, action),
+        Command::Share { node, key } => commands::share::run(context, node.as_deref(), &key),
         Command::SshConfig => commands::ssh::config(context),
         Command::Suspend => commands::snapshot::suspend(context),
         Command::Resume => commands::snapshot::resume(context),

@@ -25,6 +25,9 @@ pub struct LabState {
     /// Forwards that were added by `lab forward add`.
     #[serde(default)]
     pub forwards: Vec<Forward>,
+    /// Its number, if it is a fork.
+    #[serde(default)]
+    pub fork: Option<u32>,
     /// Whether an `up` has ever succeeded: from then on it is the user's.
     #[serde(default)]
     pub came_up: bool,

@@ -157,6 +157,39 @@ pub fn program() -> PathBuf {
     program
 }
 
+/// LAB_HOME, which scripts/test sets.
+pub fn home() -> PathBuf {
+    std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test").into()
+}
+
+/// Whether labs run in the emulated host here.
+pub fn emulated() -> bool {
+    home().join("host").exists()
+}
+
+/// Runs a shell script on the machine where lab's processes are; what it wrote. In it, `lab_pid FILE` tells which process
+/// holds the lock of a file below LAB_HOME/labs.
+pub fn on_host(script: &str) -> String {
+    // fuser is not everywhere; /proc/locks names holder and inode.
+    let script = format!(
+        "lab_pid() {{ i=$(stat -c %i {}/labs/$1); awk -v i=\":$i\\$\" '$2 == \"FLOCK\" && $6 ~ i {{ print $5 }}' /proc/locks | head -n 1; }}\n{script}",
+        home().display()
+    );
+    let mut command = if emulated() {
+        let mut command = Command::new(program());
+        command.args(["host", "exec", "--", "sh", "-c", &script]);
+        command
+    } else {
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]);
+        command
+    };
+    command.stderr(Stdio::inherit());
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{script}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
 /// Runs a command with input to its end, which must come within an hour.
 pub fn output(mut command: Command, input: &[u8]) -> Output {
     let started = Instant::now();

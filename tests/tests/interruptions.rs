@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use lab_tests::{TestLab, free_port};
+use lab_tests::{TestLab, emulated, free_port, home, on_host};
 
 /// What is killed.
 #[derive(Debug, Clone, Copy)]
@@ -77,9 +77,9 @@ fn kill(lab: &TestLab, victim: Victim, wait: Duration) {
             lab.up_after_kill();
         }
         Victim::Machine => {
-            on_host(&format!("sleep {}; kill -9 $(lab_pid nodes/n1/vmm.lock)", wait.as_secs_f32()))
+            on_host(&format!("sleep {}; kill -9 $(lab_pid kills/nodes/n1/vmm.lock)", wait.as_secs_f32()));
         }
-        Victim::Network => on_host("kill -9 $(lab_pid net/net.lock)"),
+        Victim::Network => drop(on_host("kill -9 $(lab_pid kills/net/net.lock)")),
         Victim::Host if emulated() => {
             // The process that stands for it; QEMU dies with it.
             let state = std::fs::read_to_string(home().join("host/machine")).unwrap();
@@ -87,38 +87,10 @@ fn kill(lab: &TestLab, victim: Victim, wait: Duration) {
             let pid = state["pid"].as_u64().unwrap().to_string();
             assert!(std::process::Command::new("kill").args(["-9", &pid]).status().unwrap().success());
         }
-        Victim::Host => on_host(
-            "kill -9 $(lab_pid nodes/n1/vmm.lock) $(lab_pid nodes/n2/vmm.lock) $(lab_pid net/net.lock)",
-        ),
+        Victim::Host => drop(on_host(
+            "kill -9 $(lab_pid kills/nodes/n1/vmm.lock) $(lab_pid kills/nodes/n2/vmm.lock) $(lab_pid kills/net/net.lock)",
+        )),
     }
-}
-
-/// Runs a shell script on the machine where the lab's processes are; `lab_pid FILE` tells who holds a lock.
-fn on_host(script: &str) {
-    // fuser is not everywhere; /proc/locks names holder and inode.
-    let script = format!(
-        "lab_pid() {{ i=$(stat -c %i {}/labs/kills/$1); awk -v i=\":$i\\$\" '$2 == \"FLOCK\" && $6 ~ i {{ print $5 }}' /proc/locks | head -n 1; }}\n{script}",
-        home().display()
-    );
-    let mut command = if emulated() {
-        let mut command = std::process::Command::new(lab_tests::program());
-        command.args(["host", "exec", "--", "sh", "-c", &script]);
-        command
-    } else {
-        let mut command = std::process::Command::new("sh");
-        command.args(["-c", &script]);
-        command
-    };
-    assert!(command.status().unwrap().success(), "{script}");
-}
-
-fn home() -> std::path::PathBuf {
-    std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test").into()
-}
-
-/// Whether labs run in the emulated host here.
-fn emulated() -> bool {
-    home().join("host").exists()
 }
 
 #[test]

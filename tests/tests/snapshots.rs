@@ -96,8 +96,7 @@ fn snapshots(lab: &TestLab) -> Vec<String> {
 
 /// The lab's folder below LAB_HOME.
 fn folder(name: &str) -> std::path::PathBuf {
-    let home = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
-    std::path::Path::new(&home).join("labs").join(name)
+    lab_tests::home().join("labs").join(name)
 }
 
 fn layers(name: &str) -> usize {
@@ -205,8 +204,7 @@ fn a_destroyed_lab_is_up_again_at_once() {
     assert!(lab.run(&["check"]).contains("c"));
     // A damaged one: all is done again.
     lab.run(&["destroy", "--yes"]);
-    let home = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
-    let state = std::path::Path::new(&home).join("kept/kept/snapshots/first-up/a/state");
+    let state = lab_tests::home().join("kept/kept/snapshots/first-up/a/state");
     std::fs::write(&state, "no state").unwrap();
     let (again, said) = up(&["up"]);
     assert!(again != changed && said.contains("is of no use"), "{said}");

@@ -2,9 +2,10 @@
 
 use std::{fs::File, process::ExitCode};
 
-use super::{Context, Error};
+use super::{Context, Error, share, ssh};
 use crate::{
     cli::{Cli, Command, ForwardAction, SnapshotAction},
+    fork,
     host::{
         self, Choice,
         emulated::{
@@ -41,6 +42,7 @@ fn need(command: &Command) -> Need {
         Command::Up { .. }
         | Command::Restart { .. }
         | Command::Resume
+        | Command::Fork { .. }
         | Command::Snapshot { action: SnapshotAction::Restore { .. } } => Need::Start,
         _ => Need::Look,
     }
@@ -66,6 +68,13 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
     let mut wants = Wants { start: need == Need::Start, forwards: Vec::new() };
     if let Some(name) = restored(&cli.command) {
         wants.forwards = snapshot::state(&context.existing()?, name)?.all_forwards();
+    } else if let Command::Fork { snapshot: name, count } = &cli.command {
+        let topology = snapshot::state(&context.existing()?, name)?.topology;
+        for number in 1..=*count {
+            let mut copy = topology.clone();
+            fork::adapt(&mut copy, number);
+            wants.forwards.extend(copy.nodes.into_iter().flat_map(|node| node.forwards));
+        }
     } else if wants.start {
         // What can be found wrong here is told here, and images are built where building is quick.
         let lab = context.wanted()?;
@@ -80,6 +89,10 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
     if let Command::Forward { action: Some(ForwardAction::Add { node, forward }) } = &cli.command {
         let ip = context.existing()?.node(node)?.ip;
         wants.forwards = labfile::parse_forward(forward, ip).map_err(Error::Other)?;
+    }
+    if let Command::Share { node, .. } = &cli.command {
+        let lab = context.existing()?;
+        wants.forwards = vec![share::way(&lab, &ssh::name_or_first(&lab, node.as_deref())?)?];
     }
     let mut command: Vec<_> = std::env::current_exe()
         .map(|program| std::iter::once(program.into_os_string()).chain(std::env::args_os().skip(1)).collect())

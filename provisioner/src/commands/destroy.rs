@@ -7,11 +7,17 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Context, Error, halt};
+use super::{Context, Error, fork, halt};
 use crate::{lab::Lab, snapshot};
 
-/// Asks whether these nodes, or the lab, are to be removed, where there is somebody to ask and something to remove.
-pub fn confirmed(context: &Context, nodes: &[String]) -> Result<bool, Error> {
+/// Asks whether these nodes, the lab, or all its forks are to be removed, where there is somebody to ask and something to
+/// remove.
+pub fn confirmed(context: &Context, nodes: &[String], all_forks: bool) -> Result<bool, Error> {
+    if all_forks {
+        let names: Vec<_> = fork::all(context)?.into_iter().map(|lab| lab.topology.name).collect();
+        let somebody = !names.is_empty() && std::io::stdin().is_terminal();
+        return if somebody { ask(&format!("the forks {}", names.join(", "))) } else { Ok(true) };
+    }
     match context.existing() {
         Ok(lab) if std::io::stdin().is_terminal() => ask(&what(&lab, nodes)),
         _ => Ok(true),
@@ -30,22 +36,36 @@ pub fn run(context: &Context, nodes: &[String], forget: bool) -> Result<ExitCode
         }
         other => other?,
     };
-    let lock = lab.lock()?;
-    halt::off(&lab, nodes, true)?;
+    let _lock = lab.lock()?;
     if nodes.is_empty() {
-        remove(&lab.dirs.sockets)?;
-        remove(&lab.dirs.dir)?;
+        whole(&lab)?;
         if forget {
             snapshot::kept::forget(&lab)?;
         }
     } else {
+        halt::off(&lab, nodes, true)?;
         for name in nodes {
             remove(&lab.dirs.node(name))?;
         }
         snapshot::prune(&lab)?;
     }
-    drop(lock);
     context.progress.say(&format!("removed {}", what(&lab, nodes)));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn whole(lab: &Lab) -> Result<(), Error> {
+    halt::off(lab, &[], true)?;
+    remove(&lab.dirs.sockets)?;
+    remove(&lab.dirs.dir)
+}
+
+/// Removes all forks of the lab.
+pub fn all_forks(context: &Context) -> Result<ExitCode, Error> {
+    for lab in fork::all(context)? {
+        let _lock = lab.lock()?;
+        whole(&lab)?;
+        context.progress.say(&format!("removed {}", what(&lab, &[])));
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -68,7 +88,9 @@ fn remove(path: &Path) -> Result<(), Error> {
         let action = format!("remove {}", path.display());
         move |source| Error::Io { action, source }
     };
-    let gone = path.with_file_name(".removed");
+    let mut name = std::ffi::OsString::from(".removed-");
+    name.push(path.file_name().unwrap_or_default());
+    let gone = path.with_file_name(name);
     let clear = || match fs::remove_dir_all(&gone) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io(&gone)(source)),
         _ => Ok(()),

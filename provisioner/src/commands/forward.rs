@@ -2,10 +2,13 @@
 
 use std::process::ExitCode;
 
+use lab_net::config::Forward;
+
 use super::{Context, Error, status, table};
 use crate::{
     actions::{self, Action},
     cli::ForwardAction,
+    lab::Lab,
     labfile,
 };
 
@@ -22,19 +25,7 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
         ForwardAction::Add { node, forward } => {
             let ip = lab.node(&node)?.ip;
             let new = labfile::parse_forward(&forward, ip).map_err(Error::Other)?;
-            for forward in &new {
-                let taken = lab
-                    .forwards()
-                    .into_iter()
-                    .find(|open| (open.host_port, open.protocol) == (forward.host_port, forward.protocol));
-                if let Some(taken) = taken.filter(|taken| taken != forward) {
-                    let guest = format!("{}:{}", taken.guest_ip, taken.guest_port);
-                    let port = forward.host_port;
-                    return Err(Error::Other(format!("port {port} leads to {guest} already")));
-                }
-            }
-            let open = lab.forwards();
-            lab.added_forwards.extend(new.into_iter().filter(|forward| !open.contains(forward)));
+            extend(&mut lab, new)?;
         }
         ForwardAction::Rm { host_port } => {
             let before = lab.added_forwards.len();
@@ -48,12 +39,32 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
         }
     }
     let _lock = lab.lock()?;
+    apply(&lab)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Adds forwards to those of the lab that don't have them already.
+pub fn extend(lab: &mut Lab, new: Vec<Forward>) -> Result<(), Error> {
+    let open = lab.forwards();
+    for forward in &new {
+        let same_port =
+            |open: &&Forward| (open.host_port, open.protocol) == (forward.host_port, forward.protocol);
+        if let Some(taken) = open.iter().find(same_port).filter(|taken| *taken != forward) {
+            let guest = format!("{}:{}", taken.guest_ip, taken.guest_port);
+            return Err(Error::Other(format!("port {} leads to {guest} already", forward.host_port)));
+        }
+    }
+    lab.added_forwards.extend(new.into_iter().filter(|forward| !open.contains(forward)));
+    Ok(())
+}
+
+/// Tells the running network of the lab's forwards, and records them.
+pub fn apply(lab: &Lab) -> Result<(), Error> {
     let network = actions::Network;
-    if crate::state::net_is_running(&lab.dirs) && !network.is_done(&lab)? {
+    if crate::state::net_is_running(&lab.dirs) && !network.is_done(lab)? {
         let task = lab.progress.begin(&lab.topology.name, "forwards");
-        network.run(&lab, &task)?;
+        network.run(lab, &task)?;
         task.done();
     }
-    lab.record()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(lab.record()?)
 }

@@ -5,14 +5,17 @@ pub mod check;
 pub mod console;
 pub mod cp;
 pub mod destroy;
+pub mod fork;
 pub mod forward;
 pub mod halt;
 pub mod host;
 pub mod image;
 pub mod init;
 pub mod logs;
+pub mod ls;
 pub mod plan;
 pub mod provision;
+pub mod share;
 pub mod snapshot;
 pub mod ssh;
 pub mod status;
@@ -28,9 +31,11 @@ use serde::Serialize;
 use crate::{
     actions, capacity, channel,
     cli::{Cli, Output},
-    control, json_file,
+    control, fork as forks, json_file,
     lab::Lab,
-    labfile, machine,
+    labfile,
+    labfile::topology::Topology,
+    machine,
     paths::Paths,
     progress::Progress,
     state::LabState,
@@ -115,6 +120,8 @@ pub struct Context {
     /// Where progress is told.
     pub progress: Progress,
     file: Option<PathBuf>,
+    /// The number of the lab's fork that is meant, if it is not the lab itself.
+    fork: Option<u32>,
 }
 
 impl Context {
@@ -125,6 +132,7 @@ impl Context {
             json: cli.global.output == Output::Json,
             progress: Progress::new(cli.global.quiet),
             file: cli.global.file.clone(),
+            fork: cli.global.fork,
         })
     }
 
@@ -148,8 +156,18 @@ impl Context {
 
     /// The lab as the labfile describes it.
     pub fn wanted(&self) -> Result<Lab, Error> {
-        let topology = labfile::load(&self.labfile()?)?;
-        Ok(Lab::new(&self.paths, topology, self.progress.clone())?)
+        let topology = self.topology(&self.labfile()?)?;
+        let mut lab = Lab::new(&self.paths, topology, self.progress.clone())?;
+        lab.fork = self.fork;
+        Ok(lab)
+    }
+
+    fn topology(&self, path: &Path) -> Result<Topology, Error> {
+        let mut topology = labfile::load(path)?;
+        if let Some(number) = self.fork {
+            forks::adapt(&mut topology, number);
+        }
+        Ok(topology)
     }
 
     /// The lab as it was last brought up, whatever its labfile says by now.
@@ -158,9 +176,10 @@ impl Context {
         let states = crate::state::labs(&self.paths)
             .into_iter()
             .filter_map(|name| LabState::read(&self.paths.lab(&name)).ok().flatten());
-        let mut found: Vec<_> = states.filter(|state| state.topology.labfile == path).collect();
+        let mut found: Vec<_> =
+            states.filter(|state| state.topology.labfile == path && state.fork == self.fork).collect();
         // A labfile whose lab was given another name has two.
-        let wanted = || labfile::load(&path).map(|topology| topology.name);
+        let wanted = || self.topology(&path).map(|topology| topology.name);
         if found.len() > 1
             && let Ok(wanted) = wanted()
         {
@@ -208,6 +227,11 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     };
     let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
     std::iter::once(line(&head)).chain(rows.iter().map(|row| line(row))).collect()
+}
+
+/// A number of bytes in MiB, for a table.
+pub fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Exit status of something that went well or did not.

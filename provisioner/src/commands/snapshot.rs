@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Context, Error, status, table};
+use super::{Context, Error, mib, status, table};
 use crate::{capacity, cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
 
 /// Saves, restores, lists or removes snapshots.
@@ -47,7 +47,7 @@ pub fn resume(context: &Context) -> Result<ExitCode, Error> {
 /// Does what comes before everything else that brings a lab up: a restoring that was interrupted, and what was suspended.
 /// What the labfile says comes after it.
 pub fn go_on(lab: &mut Lab) -> Result<(), Error> {
-    let name = match snapshot::is_unfinished(lab)? {
+    let name = match snapshot::is_unfinished(&lab.dirs)? {
         Some(name) => name,
         None if snapshot::is_suspended(lab) => snapshot::SUSPENDED.into(),
         None => return Ok(()),
@@ -91,7 +91,6 @@ fn end(task: Task, outcome: Result<(), snapshot::Error>) -> Result<(), Error> {
 
 fn list(context: &Context, lab: &Lab) -> Result<(), Error> {
     context.print(&snapshot::list(lab)?, |entries| {
-        let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
         let row = |entry: &snapshot::Entry| {
             vec![
                 entry.name.clone(),

@@ -82,7 +82,8 @@ pub fn name_or_first(lab: &Lab, node: Option<&str>) -> Result<String, Error> {
     }
 }
 
-fn words(command: &[String]) -> String {
+/// A command's words as one, for a shell.
+pub fn words(command: &[String]) -> String {
     command.iter().map(|word| channel::quote(word)).collect::<Vec<_>>().join(" ")
 }
 

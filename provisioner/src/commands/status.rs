@@ -1,4 +1,4 @@
-//! `lab status` and `lab ls`: what is there.
+//! `lab status`: the lab and its nodes.
 
 use std::{net::Ipv4Addr, path::PathBuf, process::ExitCode};
 
@@ -10,7 +10,7 @@ use crate::{
     actions, control,
     lab::Lab,
     labfile::topology::Node,
-    state::{self, LabState, NodeState},
+    state::{self, NodeState},
 };
 
 /// A node as `status` tells it.
@@ -147,40 +147,4 @@ fn uptime(seconds: u64) -> String {
         60..3600 => format!("{} min", seconds / 60),
         _ => format!("{} h {} min", seconds / 3600, seconds % 3600 / 60),
     }
-}
-
-#[derive(Debug, Serialize)]
-struct LabLine {
-    name: String,
-    running: usize,
-    nodes: usize,
-    labfile: PathBuf,
-}
-
-/// Lists all labs.
-pub fn ls(context: &Context) -> Result<ExitCode, Error> {
-    let mut lines = Vec::new();
-    for name in state::labs(&context.paths) {
-        let dirs = context.paths.lab(&name);
-        let Some(lab) = LabState::read(&dirs)? else { continue };
-        let nodes = &lab.topology.nodes;
-        let is_running = |node: &&Node| state::node_state(&dirs, &node.name) == NodeState::Running;
-        lines.push(LabLine {
-            running: nodes.iter().filter(is_running).count(),
-            nodes: nodes.len(),
-            labfile: lab.topology.labfile,
-            name,
-        });
-    }
-    context.print(&lines, |lines| {
-        if lines.is_empty() {
-            return "no labs".into();
-        }
-        let row = |line: &LabLine| {
-            let running = format!("{} of {}", line.running, line.nodes);
-            vec![line.name.clone(), running, line.labfile.display().to_string()]
-        };
-        table(&["LAB", "RUNNING", "LABFILE"], &lines.iter().map(row).collect::<Vec<_>>())
-    })?;
-    Ok(ExitCode::SUCCESS)
 }

@@ -16,6 +16,15 @@ use crate::{
 /// Brings the lab up.
 pub fn run(context: &Context, fresh: bool) -> Result<ExitCode, Error> {
     let mut lab = context.wanted()?;
+    // A fork is a copy of something, or it is none.
+    if let Some(number) = lab.fork
+        && !lab.dirs.state().exists()
+    {
+        let name = &lab.topology.name;
+        return Err(Error::Other(format!(
+            "there is no fork {number}, `{name}`: `lab fork SNAPSHOT` makes forks"
+        )));
+    }
     let _lock = lab.lock()?;
     if !fresh {
         start_from_kept(&mut lab)?;

@@ -146,7 +146,7 @@ fn difference(then: &Key, now: &Key) -> Option<String> {
 }
 
 /// Gives all files below `from` a second name below `to`; those that are there already stay.
-fn link(from: &Path, to: &Path) -> Result<(), Error> {
+pub(super) fn link(from: &Path, to: &Path) -> Result<(), Error> {
     crate::paths::private_dir(to)?;
     for entry in fs::read_dir(from).map_err(io("read", from))? {
         let entry = entry.map_err(io("read", from))?;

@@ -11,6 +11,7 @@
 //! `save` and `restore` make and use them, `layers` freezes disks, `clock` tells guests that time has passed.
 
 mod clock;
+mod fork;
 pub mod kept;
 mod layers;
 mod restore;
@@ -35,6 +36,7 @@ use crate::{
 };
 
 pub use clock::catch_up;
+pub use fork::fork;
 pub use layers::prune;
 pub use restore::{is_unfinished, restore};
 pub use save::save;

@@ -24,8 +24,8 @@ fn under_way(dirs: &LabPaths) -> PathBuf {
 }
 
 /// The snapshot whose restoring was interrupted.
-pub fn is_unfinished(lab: &Lab) -> Result<Option<String>, Error> {
-    Ok(json_file::read(&under_way(&lab.dirs))?)
+pub fn is_unfinished(dirs: &LabPaths) -> Result<Option<String>, Error> {
+    Ok(json_file::read(&under_way(dirs))?)
 }
 
 /// Restores snapshot `name`. The lab's topology becomes that of the snapshot.
