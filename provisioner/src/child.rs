@@ -128,13 +128,16 @@ pub fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>
     }
 }
 
-/// Lets a command outlive the terminal and the command that starts it: a session of its own.
-pub fn detach(command: &mut Command) -> &mut Command {
+/// Lets a command outlive the terminal and, unless it is `bound` to that, the thread that starts it: a session of its own.
+pub fn detach(command: &mut Command, bound: bool) -> &mut Command {
     use std::os::unix::process::CommandExt;
-    // SAFETY: between fork and exec, setsid(2) is async-signal-safe and touches no memory of the parent.
+    // SAFETY: between fork and exec, setsid(2) and prctl(2) are async-signal-safe and touch no memory of the parent.
     unsafe {
-        command.pre_exec(|| {
+        command.pre_exec(move || {
             rustix::process::setsid()?;
+            if bound {
+                rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+            }
             Ok(())
         })
     }

@@ -167,6 +167,12 @@ pub enum Command {
         #[command(subcommand)]
         action: Option<ForwardAction>,
     },
+    /// What baked steps have made, kept for the next nodes
+    Layer {
+        /// What to do
+        #[command(subcommand)]
+        action: LayerAction,
+    },
     /// Let the holder of an SSH key into a node, at a port of this machine
     Share {
         /// The node [default: the first]
@@ -224,6 +230,21 @@ pub enum Command {
         /// The node
         node: String,
     },
+}
+
+/// What can be done with layers.
+#[derive(Debug, Subcommand)]
+pub enum LayerAction {
+    /// List the layers
+    Ls,
+    /// Remove layers, with those that stand on them
+    Rm {
+        /// Keys, or their first letters
+        #[arg(required = true)]
+        keys: Vec<String>,
+    },
+    /// Remove the layers that nothing stands on
+    Prune,
 }
 
 /// What can be done with forwards.

@@ -88,6 +88,8 @@ pub struct Lab {
     pub fork: Option<u32>,
     /// Whether an `up` has ever succeeded.
     pub came_up: bool,
+    /// Whether its processes end with this one, whatever ends it.
+    pub bound: bool,
     /// The image store.
     pub store: Store,
     /// How many times longer than usual things may take: more than 1 where KVM itself is emulated.
@@ -111,6 +113,7 @@ impl Lab {
             fork: state.as_ref().and_then(|state| state.fork),
             came_up: state.as_ref().is_some_and(|state| state.came_up),
             added_forwards: state.map(|state| state.forwards).unwrap_or_default(),
+            bound: false,
             store: Store::open(&paths.images()),
             patience: if crate::host::is_slow() { 8 } else { 1 },
             paths: paths.clone(),

@@ -18,6 +18,7 @@ pub mod host;
 pub mod json_file;
 pub mod lab;
 pub mod labfile;
+pub mod layer;
 pub mod lock;
 pub mod machine;
 pub mod paths;

@@ -66,6 +66,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Destroy { all_forks: true, .. } => commands::destroy::all_forks(context),
         Command::Destroy { nodes, forget, .. } => commands::destroy::run(context, &nodes, forget),
         Command::Forward { action } => commands::forward::run(context, action),
+        Command::Layer { action } => commands::layer::run(context, action),
         Command::Share { node, key } => commands::share::run(context, node.as_deref(), &key),
         Command::SshConfig => commands::ssh::config(context),
         Command::Suspend => commands::snapshot::suspend(context),

@@ -38,6 +38,9 @@ pub struct Entry {
     pub action: String,
     /// Whether there is nothing left to do.
     pub done: bool,
+    /// How it is: `done`, `to do`; of a layer `cached`, `not needed`; of a step that a layer has or will have
+    /// `in its layer`.
+    pub state: &'static str,
     /// Numbers of the actions that it waits for.
     pub after: Vec<usize>,
 }
@@ -68,6 +71,7 @@ impl Plan {
                 node: item.node.clone(),
                 action: item.action.describe(),
                 done: item.action.is_done(lab)?,
+                state: item.action.state(lab)?,
                 after: item.after.iter().map(|index| index + 1).collect(),
             })
         };

@@ -99,7 +99,7 @@ impl Action for Boot {
         let mut command = Command::new(&program);
         command.arg("--config").arg(&file).current_dir(&dir);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
-        let mut process = child::detach(&mut command).spawn().map_err(io("start", &program))?;
+        let mut process = child::detach(&mut command, lab.bound).spawn().map_err(io("start", &program))?;
         let socket = lab.dirs.node_socket(name, "ctl");
         let end = Instant::now() + lab.limit(START_LIMIT_S);
         loop {

@@ -1,18 +1,26 @@
 //! A node's disks: a qcow2 overlay on its image, and empty ones.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
 use lab_vmm::{config::DiskFormat, qcow2};
 
-use super::{Action, Error, image};
+use super::{Action, Error, Script, image, layer};
 use crate::{
-    channel, json_file, lab::Lab, labfile::topology::Node, paths, progress::Task, state::NodeRecord,
+    channel, json_file,
+    lab::Lab,
+    labfile::topology::Node,
+    layer::{OVERLAY, Store},
+    paths,
+    progress::Task,
+    state::{NodeRecord, StepRecords},
 };
 
 /// Makes a node's folder with its disks and keys.
 pub struct Disk {
     /// The node.
     pub node: Node,
+    /// The steps that layers may have for it, from the image on.
+    pub baked: Vec<Script>,
 }
 
 /// File name of disk number `index`: 0 is the root disk.
@@ -48,14 +56,17 @@ impl Action for Disk {
                 let folder = image::folder(&image.manifest);
                 // A disk without a record was being made when something ended lab: nothing has run on it.
                 let disk = dir.join(file_name(0));
-                let base = lab.pinned(&folder).join(&image.manifest.root_file);
                 let size = self.node.disk_bytes.max(image.manifest.root_bytes);
-                fresh(&disk, |partial| {
-                    qcow2::create_overlay(partial, &base, image.manifest.root_format, size)
-                })?;
-                for steps in ["steps.json", "vm.json"] {
-                    remove(&dir.join(steps))?;
-                }
+                let (base, format, done) = match self.layer(lab, size)? {
+                    Some((layer, done)) => (layer, DiskFormat::Qcow2, done),
+                    None => {
+                        let root = lab.pinned(&folder).join(&image.manifest.root_file);
+                        (root, image.manifest.root_format, StepRecords::new())
+                    }
+                };
+                fresh(&disk, |partial| qcow2::create_overlay(partial, &base, format, size))?;
+                remove(&dir.join("vm.json"))?;
+                json_file::write(&dir.join("steps.json"), &done)?;
                 NodeRecord { image: folder, machine_id: random_id()? }
             }
         };
@@ -66,6 +77,20 @@ impl Action for Disk {
             }
         }
         Ok(json_file::write(&dir.join("node.json"), &record)?)
+    }
+}
+
+impl Disk {
+    /// The highest layer that is there for the node, now in the lab's folder, and the records of the steps in it.
+    fn layer(&self, lab: &Lab, disk_bytes: u64) -> Result<Option<(PathBuf, StepRecords)>, Error> {
+        let store = Store::new(lab.paths.home());
+        let (_, keys) = layer::keys(lab, &self.node.image, &self.baked)?;
+        let count = store.present(&keys, disk_bytes)?;
+        let Some(key) = keys.get(..count).and_then(<[String]>::last) else { return Ok(None) };
+        let layers = lab.dirs.dir.join("layers");
+        store.link(key, &layers)?;
+        let done = self.baked.iter().take(count).map(|step| (step.name.clone(), step.digest())).collect();
+        Ok(Some((layers.join(key).join(OVERLAY), done)))
     }
 }
 

@@ -4,6 +4,7 @@ mod boot;
 mod cloud_init;
 mod disk;
 mod image;
+mod layer;
 mod network;
 mod ready;
 mod script;
@@ -13,11 +14,12 @@ use std::path::PathBuf;
 pub use boot::Boot;
 pub use disk::{Disk, file_name as disk_file, fresh as fresh_disk, random_id};
 pub use image::Image;
+pub use layer::Layer;
 pub use network::Network;
 pub use ready::Ready;
 pub use script::{Script, environment};
 
-use crate::{channel, control, json_file, lab::Lab, plan::Plan, progress::Task};
+use crate::{channel, control, json_file, lab::Lab, labfile::topology::Node, plan::Plan, progress::Task};
 
 /// Why an action failed.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +48,12 @@ pub enum Error {
     /// A stack's definition.
     #[error(transparent)]
     Stack(#[from] crate::stack::Error),
+    /// Layers.
+    #[error(transparent)]
+    Layer(#[from] crate::layer::Error),
+    /// A process did not end.
+    #[error(transparent)]
+    Machine(#[from] crate::machine::Error),
     /// A node that stood still.
     #[error(transparent)]
     Snapshot(#[from] Box<crate::snapshot::Error>),
@@ -94,6 +102,10 @@ pub trait Action: Send + Sync {
     fn describe(&self) -> String;
     /// Whether nothing is left to do. Cheap, and without effect.
     fn is_done(&self, lab: &Lab) -> Result<bool, Error>;
+    /// How it is, in a word or two, for `lab plan`.
+    fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
+        Ok(if self.is_done(lab)? { "done" } else { "to do" })
+    }
     /// All that its result depends on, beside what comes before it; `None` if nothing of it lasts.
     fn inputs(&self, lab: &Lab) -> Option<String>;
     /// Does it. Interrupted at any point, it can be run again.
@@ -106,6 +118,8 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
     let network = plan.add(None, Box::new(Network), vec![]);
     let mut images: Vec<(&str, usize)> = Vec::new();
     let mut ready = Vec::new();
+    // By image and steps: those who have the same stand on the same layer.
+    let mut layers: Vec<(Vec<String>, usize)> = Vec::new();
     for node in &lab.topology.nodes {
         let image = match images.iter().find(|(name, _)| *name == node.image) {
             Some(&(_, index)) => index,
@@ -115,13 +129,42 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
                 index
             }
         };
+        let baked = script::baked(lab, node)?;
+        let (mut below, mut prefix) = (image, vec![node.image.clone()]);
+        for (index, step) in baked.iter().enumerate() {
+            prefix.push(step.digest());
+            below = match layers.iter().find(|(known, _)| *known == prefix) {
+                Some(&(_, layer)) => layer,
+                None => {
+                    let steps = baked.iter().take(index + 1).cloned().collect();
+                    let layer =
+                        plan.add(None, Box::new(Layer { steps, nodes: users(lab, &prefix)? }), vec![below]);
+                    layers.push((prefix.clone(), layer));
+                    layer
+                }
+            };
+        }
         let name = Some(node.name.as_str());
-        let disk = plan.add(name, Box::new(Disk { node: node.clone() }), vec![image]);
+        let disk = plan.add(name, Box::new(Disk { node: node.clone(), baked }), vec![below]);
         let boot = plan.add(name, Box::new(Boot { node: node.clone(), snapshot: None }), vec![network, disk]);
         ready.push(plan.add(name, Box::new(Ready { node: node.clone() }), vec![boot]));
     }
     script::plan_scripts(lab, &mut plan, &ready)?;
     Ok(plan)
+}
+
+/// The nodes that stand on the layer of this image and these steps.
+fn users(lab: &Lab, prefix: &[String]) -> Result<Vec<Node>, Error> {
+    let mut users = Vec::new();
+    for node in &lab.topology.nodes {
+        let steps = script::baked(lab, node)?;
+        let mut own = vec![node.image.clone()];
+        own.extend(steps.iter().map(Script::digest));
+        if own.starts_with(prefix) {
+            users.push(node.clone());
+        }
+    }
+    Ok(users)
 }
 
 /// The file that says that a node has run commands since it was started.

@@ -50,7 +50,7 @@ fn start(lab: &Lab, config: &NetworkConfig) -> Result<(), Error> {
     let program = lab::sibling("lab-net");
     let mut command = Command::new(&program);
     command.arg("--config").arg(&file).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
-    let mut process = child::detach(&mut command).spawn().map_err(|source| Error::Io {
+    let mut process = child::detach(&mut command, lab.bound).spawn().map_err(|source| Error::Io {
         action: "start",
         path: program,
         source,

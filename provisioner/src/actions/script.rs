@@ -14,10 +14,10 @@ use crate::{
     child::Outcome,
     json_file,
     lab::{Lab, applies},
-    labfile::topology::{Node, Stack},
+    labfile::topology::{Node, Stack, Step},
     plan::Plan,
     progress::Task,
-    stack,
+    stack::{self, Kind, StackDef, StepDef},
     state::StepRecords,
 };
 
@@ -29,6 +29,7 @@ const RUNS: u32 = 3;
 const DOWN_LIMIT_S: u32 = 15;
 
 /// Runs a script in a node once: again only if it, or what it is given, has changed.
+#[derive(Debug, Clone)]
 pub struct Script {
     /// The node.
     pub node: Node,
@@ -38,6 +39,8 @@ pub struct Script {
     pub text: String,
     /// Its environment.
     pub environment: Vec<(String, String)>,
+    /// Whether its result is kept in a layer, for nodes that are made later.
+    pub baked: bool,
     /// How long it may take, with KVM.
     pub limit_s: u32,
     /// A shell condition that must come true after it, and how long that may take, with KVM.
@@ -47,7 +50,7 @@ pub struct Script {
 impl Script {
     /// What it is recorded by: everything that its result depends on. A variable that its text does not name is no part
     /// of that: a node more in the lab is no reason to install everything again on all others.
-    fn digest(&self) -> String {
+    pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
         for (key, value) in self.environment.iter().filter(|(key, _)| self.text.contains(key)) {
             hash.update(format!("{key}={value}\0"));
@@ -122,6 +125,14 @@ impl Action for Script {
         Ok(records.get(&self.name) == Some(&self.digest()))
     }
 
+    fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
+        Ok(match self.is_done(lab)? {
+            true => "done",
+            false if self.baked && lab.record_of(&self.node.name)?.is_none() => "in its layer",
+            false => "to do",
+        })
+    }
+
     fn inputs(&self, _lab: &Lab) -> Option<String> {
         Some(self.digest())
     }
@@ -147,56 +158,50 @@ impl Action for Script {
     }
 }
 
-/// Adds the steps of stacks and of the user to a plan. Stacks run in the order of the file; those of one node don't wait
-/// for another's unless the stack says so. The user's steps run after all stacks, in the order of the file, each on all
-/// of its nodes before the next.
+/// Adds the steps of stacks and of the user to a plan. What is baked comes first. Stacks run in the order of the file;
+/// those of one node don't wait for another's unless the stack says so. The user's steps run after all stacks, in the
+/// order of the file, each on all of its nodes before the next.
 pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), Error> {
     let nodes = &lab.topology.nodes;
     let mut last: Vec<usize> = ready.to_vec();
-    for used in &lab.topology.stacks {
-        let stack = stack::load(used)?;
-        let mut ends: Vec<(String, Vec<usize>)> = Vec::new();
-        for step in &stack.steps {
+    let mut ends: Vec<(String, Vec<usize>)> = Vec::new();
+    let stacks = stacks(lab)?;
+    for kind in [Kind::Bake, Kind::Run] {
+        for (used, stack, step) in steps_of(&stacks, kind) {
+            let waits = |name: &str| step.after.iter().any(|after| name == format!("{}/{after}", used.name));
             let waits: Vec<usize> = ends
                 .iter()
-                .filter(|(name, _)| step.after.contains(name))
+                .filter(|(name, _)| waits(name))
                 .flat_map(|(_, indices)| indices.clone())
                 .collect();
             let mut added = Vec::new();
             for (node, last) in nodes.iter().zip(last.iter_mut()) {
-                if !stack.applies_to(&node.role) || !applies(&step.on, node) {
-                    continue;
+                if gets(stack, step, node) {
+                    let mut after = vec![*last];
+                    after.extend(&waits);
+                    let script = of_stack(lab, used, step, node);
+                    *last = plan.add(Some(&node.name), Box::new(script), after);
+                    added.push(*last);
                 }
-                let script = Script {
-                    node: node.clone(),
-                    name: format!("{}/{}", used.name, step.name),
-                    text: step.script.clone(),
-                    environment: environment(lab, node, Some(used)),
-                    limit_s: step.limit_s,
-                    ready: step.ready.clone().map(|condition| (condition, step.ready_limit_s)),
-                };
-                let mut after = vec![*last];
-                after.extend(&waits);
-                *last = plan.add(Some(&node.name), Box::new(script), after);
-                added.push(*last);
             }
-            ends.push((step.name.clone(), added));
+            ends.push((format!("{}/{}", used.name, step.name), added));
+        }
+        if kind == Kind::Bake {
+            for step in lab.topology.steps.iter().filter(|step| step.bake) {
+                for (node, last) in
+                    nodes.iter().zip(last.iter_mut()).filter(|(node, _)| applies(&step.on, node))
+                {
+                    *last = plan.add(Some(&node.name), Box::new(of_user(lab, step, node)), vec![*last]);
+                }
+            }
         }
     }
     let mut before = last;
-    for step in &lab.topology.steps {
-        let mut added = Vec::new();
-        for node in nodes.iter().filter(|node| applies(&step.on, node)) {
-            let script = Script {
-                node: node.clone(),
-                name: format!("step/{}", step.name),
-                text: step.run.clone(),
-                environment: environment(lab, node, None),
-                limit_s: USER_STEP_LIMIT_S,
-                ready: None,
-            };
-            added.push(plan.add(Some(&node.name), Box::new(script), before.clone()));
-        }
+    for step in lab.topology.steps.iter().filter(|step| !step.bake) {
+        let on = nodes.iter().filter(|node| applies(&step.on, node));
+        let add =
+            |node: &Node| plan.add(Some(&node.name), Box::new(of_user(lab, step, node)), before.clone());
+        let added: Vec<usize> = on.map(add).collect();
         if !added.is_empty() {
             before = added;
         }
@@ -204,12 +209,71 @@ pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), E
     Ok(())
 }
 
-/// What scripts find in their environment.
-pub fn environment(lab: &Lab, node: &Node, stack: Option<&Stack>) -> Vec<(String, String)> {
+/// The baked steps of a node, in their order.
+pub fn baked(lab: &Lab, node: &Node) -> Result<Vec<Script>, Error> {
+    let stacks = stacks(lab)?;
+    let of_stacks = steps_of(&stacks, Kind::Bake)
+        .filter(|(_, stack, step)| gets(stack, step, node))
+        .map(|(used, _, step)| of_stack(lab, used, step, node));
+    let users = lab.topology.steps.iter().filter(|step| step.bake && applies(&step.on, node));
+    Ok(of_stacks.chain(users.map(|step| of_user(lab, step, node))).collect())
+}
+
+/// The stacks of a lab, in the order of the file.
+fn stacks(lab: &Lab) -> Result<Vec<(&Stack, StackDef)>, Error> {
+    lab.topology.stacks.iter().map(|used| Ok((used, stack::load(used)?))).collect()
+}
+
+/// All steps of a kind, in their order.
+fn steps_of<'s>(
+    stacks: &'s [(&'s Stack, StackDef)],
+    kind: Kind,
+) -> impl Iterator<Item = (&'s Stack, &'s StackDef, &'s StepDef)> {
+    let steps =
+        |(used, stack): &'s (&'s Stack, StackDef)| stack.steps.iter().map(move |step| (*used, stack, step));
+    stacks.iter().flat_map(steps).filter(move |(_, _, step)| step.kind == kind)
+}
+
+fn gets(stack: &StackDef, step: &StepDef, node: &Node) -> bool {
+    stack.applies_to(&node.role) && applies(&step.on, node)
+}
+
+fn of_stack(lab: &Lab, used: &Stack, step: &StepDef, node: &Node) -> Script {
+    let baked = step.kind == Kind::Bake;
+    let mut environment = if baked { Vec::new() } else { environment(lab, node) };
+    environment.push(("LAB_SOURCE".into(), used.source.clone()));
+    for (name, value) in &used.options {
+        environment.push((format!("LAB_OPT_{}", name.to_uppercase().replace('-', "_")), value.clone()));
+    }
+    Script {
+        node: node.clone(),
+        name: format!("{}/{}", used.name, step.name),
+        text: step.script.clone(),
+        environment,
+        baked,
+        limit_s: step.limit_s,
+        ready: step.ready.clone().map(|condition| (condition, step.ready_limit_s)),
+    }
+}
+
+fn of_user(lab: &Lab, step: &Step, node: &Node) -> Script {
+    Script {
+        node: node.clone(),
+        name: format!("step/{}", step.name),
+        text: step.run.clone(),
+        environment: if step.bake { Vec::new() } else { environment(lab, node) },
+        baked: step.bake,
+        limit_s: USER_STEP_LIMIT_S,
+        ready: None,
+    }
+}
+
+/// What scripts find in their environment, except those that are baked: nothing there is of one lab or node.
+pub fn environment(lab: &Lab, node: &Node) -> Vec<(String, String)> {
     let topology = &lab.topology;
     let master = topology.nodes.iter().find(|node| node.role == "master").or(topology.nodes.first());
     let names: Vec<String> = topology.nodes.iter().map(|node| format!("{}={}", node.name, node.ip)).collect();
-    let mut environment = vec![
+    vec![
         ("LAB_NAME", topology.name.clone()),
         ("LAB_NODE", node.name.clone()),
         ("LAB_ROLE", node.role.clone()),
@@ -222,12 +286,5 @@ pub fn environment(lab: &Lab, node: &Node, stack: Option<&Stack>) -> Vec<(String
     ]
     .into_iter()
     .map(|(key, value)| (key.to_string(), value))
-    .collect::<Vec<_>>();
-    if let Some(stack) = stack {
-        environment.push(("LAB_SOURCE".into(), stack.source.clone()));
-        for (name, value) in &stack.options {
-            environment.push((format!("LAB_OPT_{}", name.to_uppercase().replace('-', "_")), value.clone()));
-        }
-    }
-    environment
+    .collect()
 }

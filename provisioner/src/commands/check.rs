@@ -49,7 +49,7 @@ fn run_one(lab: &Lab, check: &Check) -> Result<Vec<CheckResult>, Error> {
     let results: Vec<Result<CheckResult, Error>> = std::thread::scope(|scope| {
         let one = |node: &crate::labfile::topology::Node| {
             let task = lab.progress.begin(&node.name, &check.name);
-            let environment = actions::environment(lab, node, None);
+            let environment = actions::environment(lab, node);
             let outcome =
                 lab.channel(&node.name)
                     .script(&check.run, &environment, None, limit, &mut |line| task.detail(line))?;

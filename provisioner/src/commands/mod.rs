@@ -11,6 +11,7 @@ pub mod halt;
 pub mod host;
 pub mod image;
 pub mod init;
+pub mod layer;
 pub mod logs;
 pub mod ls;
 pub mod plan;
@@ -79,6 +80,9 @@ pub enum Error {
     /// A file of lab's own.
     #[error(transparent)]
     File(#[from] json_file::Error),
+    /// A layer.
+    #[error(transparent)]
+    Layer(#[from] crate::layer::Error),
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::Error),
@@ -232,6 +236,18 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
 /// A number of bytes in MiB, for a table.
 pub fn mib(bytes: u64) -> String {
     format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+/// How long ago a moment was.
+pub fn ago(then_s: u64) -> String {
+    let now =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
+    match now.saturating_sub(then_s) {
+        s @ 0..120 => format!("{s} s ago"),
+        s @ 120..7200 => format!("{} min ago", s / 60),
+        s @ 7200..172_800 => format!("{} h ago", s / 3600),
+        s => format!("{} days ago", s / 86400),
+    }
 }
 
 /// Exit status of something that went well or did not.

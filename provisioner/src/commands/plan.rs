@@ -16,12 +16,12 @@ pub fn run(context: &Context) -> Result<ExitCode, Error> {
                 entry.number.to_string(),
                 entry.node.clone().unwrap_or_else(|| "(lab)".into()),
                 entry.action.clone(),
-                if entry.done { "done" } else { "to do" }.into(),
+                entry.state.into(),
                 after.join(","),
             ]
         };
         let rows: Vec<_> = entries.iter().map(row).collect();
-        let open = entries.iter().filter(|entry| !entry.done).count();
+        let open = entries.iter().filter(|entry| entry.state == "to do").count();
         table(&["#", "NODE", "ACTION", "STATE", "AFTER"], &rows)
             + &format!("\n{open} of {} to do", rows.len())
     })?;

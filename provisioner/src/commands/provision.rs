@@ -10,7 +10,9 @@ pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<Ex
     let mut lab = context.wanted()?;
     let _lock = lab.lock()?;
     let chosen = lab.nodes(nodes)?;
-    let known: Vec<String> = actions::plan(&lab)?.items.iter().map(|item| item.action.describe()).collect();
+    let items = actions::plan(&lab)?.items;
+    let of_nodes = items.iter().filter(|item| item.node.is_some());
+    let known: Vec<String> = of_nodes.map(|item| item.action.describe()).collect();
     let is_step = |name: &str, wanted: &str| {
         name == wanted || name.split_once('/').is_some_and(|(_, step)| step == wanted)
     };

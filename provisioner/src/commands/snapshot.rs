@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use super::{Context, Error, mib, status, table};
+use super::{Context, Error, ago, mib, status, table};
 use crate::{capacity, cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
 
 /// Saves, restores, lists or removes snapshots.
@@ -105,16 +105,4 @@ fn list(context: &Context, lab: &Lab) -> Result<(), Error> {
             &entries.iter().map(row).collect::<Vec<_>>(),
         )
     })
-}
-
-/// How long ago a moment was.
-fn ago(then_s: u64) -> String {
-    let now =
-        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |now| now.as_secs());
-    match now.saturating_sub(then_s) {
-        s @ 0..120 => format!("{s} s ago"),
-        s @ 120..7200 => format!("{} min ago", s / 60),
-        s @ 7200..172_800 => format!("{} h ago", s / 3600),
-        s => format!("{} days ago", s / 86400),
-    }
 }

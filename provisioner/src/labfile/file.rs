@@ -169,6 +169,10 @@ pub struct StepTable {
     /// File with the script, its path relative to the labfile's folder; one that begins `#!` is run as it says.
     #[schemars(extend("examples" = ["motd.sh"]))]
     pub script: Option<At<String>>,
+    /// Whether it changes files only, in the same way on every node: it is then run once, before all that is not baked,
+    /// and its result is kept in a layer.
+    #[schemars(extend("examples" = [true]), extend("default" = false))]
+    pub bake: Option<At<bool>>,
 }
 
 /// A test of the finished lab.

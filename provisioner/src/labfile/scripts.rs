@@ -15,6 +15,19 @@ use super::{
     topology::{Check, Node, Step, Target},
 };
 
+/// What scripts find in their environment, except those of baked steps; longer names first.
+const OF_ONE_NODE: [&str; 9] = [
+    "LAB_MASTER_IP",
+    "LAB_MASTER",
+    "LAB_GATEWAY",
+    "LAB_SUBNET",
+    "LAB_NODES",
+    "LAB_NODE",
+    "LAB_NAME",
+    "LAB_ROLE",
+    "LAB_IP",
+];
+
 /// What `on` can name.
 pub struct Places<'n> {
     /// Nodes of each role.
@@ -81,7 +94,16 @@ pub fn steps(
         let on = places.target(table.on.as_ref(), &format!("{path}.on"), report);
         let run = script(table.run.as_ref(), table.script.as_ref(), at.span(), folder, &path, report);
         if let (Some(name), Some(run)) = (name, run) {
-            steps.push(Step { name, on, run });
+            let bake = table.bake.as_ref().is_some_and(|bake| *bake.get());
+            if let Some(at) = table.bake.as_ref().filter(|_| bake)
+                && let Some(variable) = OF_ONE_NODE.iter().find(|name| run.contains(*name))
+            {
+                let message =
+                    format!("a baked step finds no `{variable}`: its result is for many nodes and labs");
+                let help = "leave that part to a step that is not baked";
+                report.error(Some(at.span()), &format!("{path}.bake"), message, help);
+            }
+            steps.push(Step { name, on, run, bake });
         }
     }
     steps

@@ -58,3 +58,6 @@ fi
 # Containers are layers of overlayfs, and their bridge's traffic passes the firewall.
 printf '%s\n' overlay br_netfilter > /etc/modules-load.d/docker.conf
 systemctl enable docker.service
+
+# The daemon has been started by its package. The next one draws an id of its own, in whatever node this disk is.
+rm -f /var/lib/docker/engine-id

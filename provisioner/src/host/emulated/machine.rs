@@ -135,7 +135,7 @@ fn start(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(log(&files.log("supervisor"))?);
-    let mut supervisor = child::detach(&mut command)
+    let mut supervisor = child::detach(&mut command, false)
         .spawn()
         .map_err(|source| Error::Program { program: command.get_program().into(), source })?;
     // It says one line within its own limit, and then nothing more.

@@ -1,0 +1,175 @@
+//! A layer: a baked step, run once in a node of its own, for all nodes that have the same image and the same baked steps
+//! before it.
+
+use std::fs;
+
+use super::{Action, Boot, Disk, Error, Image, Network, Ready, Script, disk_file, image};
+use crate::{
+    lab,
+    lab::Lab,
+    labfile::topology::{Node, Topology},
+    layer::{self, Store},
+    machine,
+    progress::Task,
+};
+
+/// Name of the node that a layer is made in.
+const NODE: &str = "build";
+/// How much longer than its step a layer may take, in seconds, with KVM: for boot and power off.
+const BESIDE_S: u32 = 300;
+
+/// Makes the layer of the last of these steps.
+pub struct Layer {
+    /// The baked steps from the image on.
+    pub steps: Vec<Script>,
+    /// The nodes that are to stand on it.
+    pub nodes: Vec<Node>,
+}
+
+/// Keys of the layers that these steps make of the store's present image of this name, and its manifest.
+pub fn keys(
+    lab: &Lab,
+    name: &str,
+    steps: &[Script],
+) -> Result<(lab_images::manifest::Manifest, Vec<String>), Error> {
+    let manifest = lab.store.get(name)?.manifest;
+    let keys = layer::keys(&manifest.digest(), steps.iter().map(Script::digest));
+    Ok((manifest, keys))
+}
+
+impl Layer {
+    /// The nodes that need it: they have no disk yet.
+    fn users(&self, lab: &Lab) -> Result<Vec<&Node>, Error> {
+        let mut users = Vec::new();
+        for node in &self.nodes {
+            if lab.record_of(&node.name)?.is_none() {
+                users.push(node);
+            }
+        }
+        Ok(users)
+    }
+
+    /// Makes it in a lab of its own, whose folder goes afterwards.
+    fn make(&self, lab: &Lab, node: &Node, keys: &[String], image: &str, task: &Task) -> Result<(), Error> {
+        let (Some(key), Some(step)) = (keys.last(), self.steps.last()) else { return Ok(()) };
+        let store = Store::new(lab.paths.home());
+        let build = build_lab(lab, node, key)?;
+        let limit = lab.limit(step.limit_s + BESIDE_S);
+        let _lock = store.lock(key, limit, &mut || task.detail("another lab makes it"))?;
+        if store.present(keys, node.disk_bytes)? == keys.len() {
+            return Ok(()); // by whoever had the lock
+        }
+        clear(&build, task)?;
+        build.dirs.create().map_err(lab::Error::from)?;
+        build.record()?;
+        crate::channel::ensure_key(&build.dirs.identity())?;
+        let (baked, last) = (self.steps.clone(), Script { node: node.clone(), ..step.clone() });
+        let below = baked.get(..baked.len() - 1).unwrap_or_default().to_vec();
+        let actions: [&dyn Action; 5] = [
+            &Image { name: node.image.clone() },
+            &Network,
+            &Disk { node: node.clone(), baked: below },
+            &Boot { node: node.clone(), snapshot: None },
+            &Ready { node: node.clone() },
+        ];
+        for action in actions {
+            task.detail(&action.describe());
+            action.run(&build, task)?;
+        }
+        if build.record_of(NODE)?.is_none_or(|record| record.image != image) {
+            return Err(layer::Error::ImageChanged(node.image.clone()).into());
+        }
+        // Those before it are in the layers below, unless somebody has just removed one.
+        let mut parent = None;
+        for (step, key) in baked.into_iter().zip(keys) {
+            let step = Script { node: node.clone(), ..step };
+            if step.name != last.name && step.is_done(&build)? {
+                parent = Some(key.clone());
+            } else {
+                step.run(&build, task)?;
+            }
+        }
+        task.detail("power off");
+        machine::power_off(&build, NODE, false, task)?;
+        let layer = layer::Layer::new(&last.name, image, parent, node.disk_bytes);
+        store.add(key, &layer, &build.dirs.node(NODE).join(disk_file(0)))?;
+        clear(&build, task)
+    }
+}
+
+impl Action for Layer {
+    fn describe(&self) -> String {
+        format!("layer {}", self.steps.last().map_or("", |step| step.name.as_str()))
+    }
+
+    fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
+        let Some(size) = self.users(lab)?.iter().map(|node| node.disk_bytes).min() else { return Ok(true) };
+        let Some(node) = self.nodes.first() else { return Ok(true) };
+        let Ok((_, keys)) = keys(lab, &node.image, &self.steps) else { return Ok(false) };
+        Ok(Store::new(lab.paths.home()).present(&keys, size)? == keys.len())
+    }
+
+    fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
+        Ok(match (self.users(lab)?.is_empty(), self.is_done(lab)?) {
+            (true, _) => "not needed",
+            (false, true) => "cached",
+            (false, false) => "to do",
+        })
+    }
+
+    fn inputs(&self, _lab: &Lab) -> Option<String> {
+        None // those of its step, which each node has in its plan
+    }
+
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        let users = self.users(lab)?;
+        let Some(first) = users.first() else { return Ok(()) };
+        let (manifest, keys) = keys(lab, &first.image, &self.steps)?;
+        let most = |of: fn(&Node) -> u64| users.iter().map(|node| of(node)).max().unwrap_or(0);
+        let node = Node {
+            name: NODE.into(),
+            role: NODE.into(),
+            cpus: users.iter().map(|node| node.cpus).max().unwrap_or(1),
+            memory_mib: most(|node| node.memory_mib),
+            // All of them can stand on it.
+            disk_bytes: users.iter().map(|node| node.disk_bytes).min().unwrap_or(0).max(manifest.root_bytes),
+            extra_disks_bytes: Vec::new(),
+            forwards: Vec::new(),
+            ..(*first).clone()
+        };
+        self.make(lab, &node, &keys, &image::folder(&manifest), task)
+    }
+}
+
+/// The lab that a layer is made in: its processes end with this command, whatever ends that.
+fn build_lab(lab: &Lab, node: &Node, key: &str) -> Result<Lab, Error> {
+    let topology = Topology {
+        // No lab has such a name, and none is listed under it.
+        name: format!(".build-{}", key.get(..12).unwrap_or(key)),
+        // Whichever lab makes it.
+        labfile: lab.paths.home().join("layers"),
+        network: lab.topology.network.clone(),
+        nodes: vec![node.clone()],
+        stacks: Vec::new(),
+        steps: Vec::new(),
+        checks: Vec::new(),
+    };
+    let mut build = Lab::new(&lab.paths, topology, lab.progress.clone())?;
+    build.bound = true;
+    Ok(build)
+}
+
+/// Removes the lab that a layer was made in, or what is left of one.
+fn clear(build: &Lab, task: &Task) -> Result<(), Error> {
+    machine::power_off(build, NODE, true, task)?;
+    machine::stop_network(build)?;
+    for dir in [&build.dirs.sockets, &build.dirs.dir] {
+        match fs::remove_dir_all(dir) {
+            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::Io { action: "remove", path: dir.clone(), source });
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}

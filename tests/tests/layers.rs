@@ -1,0 +1,128 @@
+//! Layers: what is baked once is not done again, for other nodes, in other labs, after `lab destroy`.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::time::{Duration, Instant};
+
+use lab_tests::TestLab;
+
+/// A lab with two baked steps, the second of them for b alone. `mark` makes its layers its own; `two` is what step two
+/// writes.
+fn labfile(name: &str, mark: u32, two: &str) -> String {
+    format!(
+        r#"
+name = "{name}"
+image = "tiny"
+[node.a]
+memory = "128MiB"
+disk = "256MiB"
+[node.b]
+memory = "128MiB"
+disk = "256MiB"
+[[step]]
+name = "late"
+run = "cat /root/one >/root/late"
+[[step]]
+name = "one"
+bake = true
+run = ": {mark}; head -c 8 /dev/urandom | md5sum >/root/one"
+[[step]]
+name = "two"
+bake = true
+on = "b"
+run = "cat /root/one >/root/two; echo {two} >>/root/two"
+"#
+    )
+}
+
+fn cat(lab: &TestLab, node: &str, file: &str) -> String {
+    let (status, text) = lab.shell(node, &format!("cat {file}"), b"");
+    assert_eq!(status, Some(0), "{node}: {file}");
+    text
+}
+
+/// Runs `lab up`; what it said.
+fn up(lab: &TestLab, arguments: &[&str]) -> String {
+    let output = lab_tests::output(lab.command(&[&["up"], arguments].concat()), b"");
+    assert!(output.status.success(), "{}", lab_tests::text(&output));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn layers(lab: &TestLab) -> Vec<serde_json::Value> {
+    serde_json::from_str(&lab.run(&["layer", "ls", "-o", "json"])).unwrap()
+}
+
+/// Keys of the layers of a step.
+fn keys(lab: &TestLab, step: &str) -> Vec<String> {
+    let of_step = layers(lab).into_iter().filter(|layer| layer["step"] == step);
+    of_step.map(|layer| layer["key"].as_str().unwrap().to_owned()).collect()
+}
+
+fn states(lab: &TestLab, action: &str) -> Vec<String> {
+    let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
+    let of_action = plan.as_array().unwrap().iter().filter(|entry| entry["action"] == action);
+    of_action.map(|entry| entry["state"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn what_is_baked_is_done_once() {
+    let mark = std::process::id();
+    let lab = TestLab::new(&labfile("baked", mark, "2"));
+    let before = layers(&lab).len();
+
+    // Killed while a layer is made: none is there, and nothing of it runs on.
+    let mut child = lab.command(&["up"]).stderr(std::process::Stdio::null()).spawn().unwrap();
+    let making = lab_tests::home().join("labs");
+    let made = |start: &str| {
+        let names = std::fs::read_dir(&making).into_iter().flatten().flatten().map(|entry| entry.path());
+        names
+            .filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with(start))
+            .collect::<Vec<_>>()
+    };
+    let end = Instant::now() + Duration::from_secs(120);
+    while !made(".build-").iter().any(|path| path.join("nodes/build/vmm.log").exists()) {
+        assert!(Instant::now() < end, "no layer is being made after two minutes");
+        std::thread::park_timeout(Duration::from_millis(100));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    lab.up_after_kill();
+    assert!(made(".build-").is_empty(), "{:?}", made(".build-"));
+    assert_eq!(layers(&lab).len(), before + 2);
+
+    // Once for both nodes, and before what is not baked.
+    let one = cat(&lab, "a", "/root/one");
+    assert_eq!(cat(&lab, "b", "/root/one"), one);
+    assert_eq!(cat(&lab, "b", "/root/two"), format!("{one}2\n"));
+    assert_eq!(cat(&lab, "a", "/root/late"), one);
+    assert_ne!(lab.shell("a", "cat /root/two", b"").0, Some(0), "step two is for b alone");
+    assert_eq!(states(&lab, "layer step/one"), ["not needed"]);
+
+    // In another lab.
+    let other = TestLab::new(&labfile("baked-too", mark, "2"));
+    assert_eq!(states(&other, "layer step/two"), ["cached"]);
+    assert_eq!(states(&other, "step/one"), ["in its layer", "in its layer"]);
+    let said = up(&other, &["--fresh"]);
+    assert!(!said.contains("step/one") && !said.contains("step/two"), "{said}");
+    assert_eq!(cat(&other, "b", "/root/two"), format!("{one}2\n"));
+    other.run(&["destroy", "--yes", "--forget"]);
+
+    // A step that has changed: in nodes that are there it runs; for new ones it and what follows it is made again.
+    lab.rewrite(&labfile("baked", mark, "3"));
+    let said = up(&lab, &[]);
+    assert!(said.contains("step/two") && !said.contains("layer") && !said.contains("step/one"), "{said}");
+    assert_eq!(cat(&lab, "b", "/root/two"), format!("{one}3\n"));
+    lab.run(&["destroy", "--yes", "b"]);
+    let said = up(&lab, &[]);
+    assert!(said.contains("layer step/two") && !said.contains("step/one"), "{said}");
+    assert_eq!(cat(&lab, "b", "/root/two"), format!("{one}3\n"));
+    assert_eq!(keys(&lab, "step/two").len(), 2);
+
+    // What a lab stands on is kept; what is removed is not missed by it.
+    lab.run(&["layer", "prune"]);
+    assert_eq!((keys(&lab, "step/one").len(), keys(&lab, "step/two").len()), (1, 1));
+    lab.run(&["layer", "rm", &keys(&lab, "step/one")[0]]);
+    assert_eq!(layers(&lab).len(), before);
+    assert!(lab.fails(1, &["layer", "rm", "0000zz"]).contains("there is no layer `0000zz`"));
+    lab.run(&["restart", "b"]);
+    assert_eq!(cat(&lab, "b", "/root/two"), format!("{one}3\n"));
+}
