@@ -66,6 +66,9 @@ pub enum Command {
         /// Do all of it, even if a snapshot of an earlier up would do
         #[arg(long)]
         fresh: bool,
+        /// Only if all that the lab is made from is as `lab.lock` says
+        #[arg(long, conflicts_with = "fork")]
+        locked: bool,
     },
     /// Show the nodes of the lab
     Status,

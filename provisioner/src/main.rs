@@ -49,7 +49,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Init { from, list } => commands::init::init(context, &from, list),
         Command::Validate => commands::init::validate(context),
         Command::Plan => commands::plan::run(context),
-        Command::Up { fresh } => commands::up::run(context, fresh),
+        Command::Up { fresh, locked } => commands::up::run(context, fresh, locked),
         Command::Status => commands::status::run(context),
         Command::Ls { size } => commands::ls::run(context, size),
         Command::Ssh { node, command } => commands::ssh::ssh(context, node.as_deref(), &command),

@@ -60,6 +60,12 @@ impl Paths {
         Ok(Self { home, runtime })
     }
 
+    /// The same in folders of a test's own.
+    #[cfg(test)]
+    pub fn at(home: &Path, runtime: &Path) -> Self {
+        Self { home: home.into(), runtime: runtime.into() }
+    }
+
     /// The folder for what lasts.
     pub fn home(&self) -> &Path {
         &self.home

@@ -129,7 +129,7 @@ impl Plan {
 }
 
 /// Runs an action unless it is done; tells whether it did something.
-fn run_one(item: &Planned, lab: &Lab) -> Result<bool, actions::Error> {
+pub fn run_one(item: &Planned, lab: &Lab) -> Result<bool, actions::Error> {
     if item.action.is_done(lab)? {
         return Ok(false);
     }

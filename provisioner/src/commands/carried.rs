@@ -13,7 +13,7 @@ use crate::{
             carry::{self, Carried, Wants},
         },
     },
-    labfile, snapshot,
+    labfile, lockfile, snapshot,
 };
 
 /// How often `up` is carried into an emulated host, if the host is lost meanwhile.
@@ -84,7 +84,14 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
                 .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
         }
         wants.forwards = lab.forwards();
+        let locked = matches!(cli.command, Command::Up { locked: true, .. });
+        if locked {
+            lockfile::check(&lab)?;
+        }
         prepare_images(context, &lab)?;
+        if locked {
+            lockfile::check(&lab)?;
+        }
     }
     if let Command::Forward { action: Some(ForwardAction::Add { node, forward }) } = &cli.command {
         let ip = context.existing()?.node(node)?.ip;

@@ -86,6 +86,9 @@ pub enum Error {
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::Error),
+    /// The lab is not what was recorded.
+    #[error(transparent)]
+    Lockfile(#[from] crate::lockfile::Error),
     /// An image.
     #[error(transparent)]
     Image(#[from] lab_images::store::Error),

@@ -6,7 +6,7 @@ use super::{Context, Error, status};
 use crate::{
     actions, capacity, channel,
     lab::Lab,
-    plan,
+    lockfile, plan,
     snapshot::{
         FIRST_UP,
         kept::{self, Found},
@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Brings the lab up.
-pub fn run(context: &Context, fresh: bool) -> Result<ExitCode, Error> {
+pub fn run(context: &Context, fresh: bool, locked: bool) -> Result<ExitCode, Error> {
     let mut lab = context.wanted()?;
     // A fork is a copy of something, or it is none.
     if let Some(number) = lab.fork
@@ -26,11 +26,20 @@ pub fn run(context: &Context, fresh: bool) -> Result<ExitCode, Error> {
         )));
     }
     let _lock = lab.lock()?;
+    if locked {
+        check_locked(&lab)?;
+    }
     if !fresh {
         start_from_kept(&mut lab)?;
     }
     bring_up(&mut lab)?;
     keep(&mut lab)?;
+    if !locked
+        && lab.fork.is_none()
+        && let Err(error) = lockfile::write(&lab)
+    {
+        lab.progress.warn(&format!("what the lab was brought up from is not recorded: {error}"));
+    }
     if !context.json {
         context.progress.say("");
     }
@@ -39,6 +48,19 @@ pub fn run(context: &Context, fresh: bool) -> Result<ExitCode, Error> {
         context.progress.say(&next_steps(&lab));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Refuses a lab that is not what was recorded; images that are missing are built for that.
+fn check_locked(lab: &Lab) -> Result<(), Error> {
+    lockfile::check(lab)?;
+    let mut names: Vec<&str> = lab.topology.nodes.iter().map(|node| node.image.as_str()).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        let action = Box::new(actions::Image { name: name.into() });
+        plan::run_one(&plan::Planned { node: None, action, after: Vec::new() }, lab)?;
+    }
+    Ok(lockfile::check(lab)?)
 }
 
 /// Starts a lab that is not there yet from what its first `up` came to.
