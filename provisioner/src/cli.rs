@@ -284,6 +284,22 @@ pub enum SnapshotAction {
     },
     /// List the snapshots
     Ls,
+    /// Write a snapshot to a file, with all that another machine needs to go on with it
+    Export {
+        /// The snapshot
+        name: String,
+        /// The file
+        #[arg(value_name = "FILE")]
+        path: PathBuf,
+    },
+    /// Make a lab with a snapshot from such a file
+    Import {
+        /// The file
+        #[arg(value_name = "FILE")]
+        path: PathBuf,
+        /// Folder for the labfile [default: a new one called as the lab]
+        folder: Option<PathBuf>,
+    },
     /// Remove snapshots
     Rm {
         /// The snapshots
@@ -345,4 +361,17 @@ pub enum HostAction {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_a_command_is_not_the_labfile() {
+        for words in [&["export", "one", "out"][..], &["import", "in"], &["import", "in", "folder"]] {
+            let cli = Cli::parse_from(["lab", "snapshot"].iter().chain(words));
+            assert_eq!(cli.global.file, std::env::var_os("LAB_FILE").map(PathBuf::from), "{words:?}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 //! - `labfile`: the file, its errors, and the topology it means; `stack`: definitions of stacks
 //! - `plan`, `actions`: what has to be done, as data, and what does it
 //! - `host`: the machine that labs run on: this one, or an emulated one
-//! - `snapshot`: the running lab saved, restored, forked; `lockfile`: what a lab was brought up from
+//! - `snapshot`: the running lab saved, restored, forked, exported; `lockfile`: what a lab was brought up from
 //! - `commands`: one verb a file; `cli`: their arguments
 //! - the rest is what those share: paths, locks, processes, the channel into nodes, progress
 

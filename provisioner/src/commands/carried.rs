@@ -38,7 +38,11 @@ fn need(command: &Command) -> Need {
         | Command::Host { .. }
         | Command::Doctor
         | Command::Schema
-        | Command::Completions { .. } => Need::Nothing,
+        | Command::Completions { .. }
+        // Nothing but files, which are the same here, and work for all processors.
+        | Command::Snapshot { action: SnapshotAction::Export { .. } | SnapshotAction::Import { .. } } => {
+            Need::Nothing
+        }
         Command::Up { .. }
         | Command::Restart { .. }
         | Command::Resume

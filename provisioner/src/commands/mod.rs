@@ -86,6 +86,9 @@ pub enum Error {
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] crate::snapshot::Error),
+    /// An exported snapshot.
+    #[error(transparent)]
+    Pack(#[from] crate::snapshot::pack::Error),
     /// The lab is not what was recorded.
     #[error(transparent)]
     Lockfile(#[from] crate::lockfile::Error),

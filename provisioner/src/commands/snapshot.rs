@@ -1,12 +1,21 @@
 //! `lab snapshot`: the whole running lab, saved and restored.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode};
 
 use super::{Context, Error, ago, mib, status, table};
-use crate::{capacity, cli::SnapshotAction, lab::Lab, progress::Task, snapshot};
+use crate::{
+    capacity,
+    cli::SnapshotAction,
+    lab::Lab,
+    progress::Task,
+    snapshot::{self, pack},
+};
 
-/// Saves, restores, lists or removes snapshots.
+/// Saves, restores, lists, removes, exports or imports snapshots.
 pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error> {
+    if let SnapshotAction::Import { path, folder } = &action {
+        return import(context, path, folder.as_deref());
+    }
     let mut lab = context.existing()?;
     match action {
         SnapshotAction::Ls => list(context, &lab)?,
@@ -23,7 +32,29 @@ pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error>
             let _lock = lab.lock()?;
             names.iter().try_for_each(|name| snapshot::remove(&lab, name))?;
         }
+        SnapshotAction::Export { name, path } => {
+            let _lock = lab.lock()?;
+            told(&lab, &format!("export snapshot {name}"), |task| pack::export(&lab, &name, &path, task))?;
+        }
+        // Without a lab.
+        SnapshotAction::Import { .. } => {}
     }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes a lab from an exported snapshot.
+fn import(context: &Context, file: &Path, folder: Option<&Path>) -> Result<ExitCode, Error> {
+    let reader = pack::Reader::open(file)?;
+    let (lab, name) = (reader.table().lab.clone(), reader.table().snapshot.clone());
+    let folder = folder.map_or_else(|| lab.clone().into(), Path::to_path_buf);
+    let task = context.progress.begin(&lab, &format!("import snapshot {name}"));
+    let imported = pack::import(&context.paths, reader, &folder, &task);
+    let imported = end(task, imported)?;
+    let fork = imported.fork.map(|number| format!("--fork {number} ")).unwrap_or_default();
+    context.progress.say(&format!(
+        "next: `cd {}`, then `lab {fork}snapshot restore {name}` brings it up",
+        imported.folder.display()
+    ));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -74,19 +105,23 @@ pub fn restore(lab: &mut Lab, name: &str) -> Result<(), Error> {
     end(task, restored)
 }
 
-fn told(lab: &Lab, what: &str, run: impl FnOnce(&Task) -> Result<(), snapshot::Error>) -> Result<(), Error> {
+fn told<E: Into<Error>>(
+    lab: &Lab,
+    what: &str,
+    run: impl FnOnce(&Task) -> Result<(), E>,
+) -> Result<(), Error> {
     let task = lab.progress.begin(&lab.topology.name, what);
     let done = run(&task);
     end(task, done)
 }
 
-fn end(task: Task, outcome: Result<(), snapshot::Error>) -> Result<(), Error> {
+fn end<T, E: Into<Error>>(task: Task, outcome: Result<T, E>) -> Result<T, Error> {
     if outcome.is_ok() {
         task.done();
     } else {
         task.failed();
     }
-    Ok(outcome?)
+    outcome.map_err(Into::into)
 }
 
 fn list(context: &Context, lab: &Lab) -> Result<(), Error> {

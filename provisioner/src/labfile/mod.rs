@@ -35,6 +35,7 @@ use std::{
 pub use diagnostic::{Diagnostic, Diagnostics, Position};
 pub use file::At;
 pub use forward::parse_forward;
+pub use names::is_label;
 use report::Report;
 pub use schema::schema;
 pub use templates::templates;
@@ -90,6 +91,49 @@ fn topology(text: &str, labfile: PathBuf, report: &mut Report<'_>) -> Option<Top
     let steps = scripts::steps(&file.step, &places, &folder, report);
     let checks = scripts::checks(&file.check, &places, &folder, report);
     Some(Topology { name: name?, labfile, network: network?, nodes, stacks, steps, checks })
+}
+
+/// The files that a right labfile needs, as it names them, relative to its folder: the scripts of its steps and checks, and
+/// all that is in the folders of its own stacks.
+///
+/// # Errors
+/// As [`load`].
+pub fn companions(path: &Path) -> Result<Vec<PathBuf>, Diagnostics> {
+    let topology = load(path)?;
+    let text = read_text(path, "labfile", "name another file with `-f FILE`")?;
+    let mut report = Report::new(path.to_owned(), &text);
+    let file: Option<file::File> = shape::parse(&text, &mut report)
+        .and_then(|document| shape::read(document, schema::structure(), &mut report));
+    let file = file.unwrap_or_default();
+    let scripts = file.step.iter().map(|step| &step.get().script);
+    let scripts = scripts.chain(file.check.iter().map(|check| &check.get().script));
+    let mut found: Vec<PathBuf> = scripts.flatten().map(|script| script.get().into()).collect();
+    for stack in topology.stacks.iter().filter(|stack| stack.folder.is_some()) {
+        let below = Path::new("stacks").join(&stack.name);
+        files_below(topology.labfile.parent().unwrap_or(Path::new("/")), &below, &mut found)?;
+    }
+    Ok(found)
+}
+
+/// Adds the files below a folder of `base`.
+fn files_below(base: &Path, below: &Path, found: &mut Vec<PathBuf>) -> Result<(), Diagnostics> {
+    let unreadable = |error: std::io::Error| {
+        let message = format!("the folder can't be read: {error}");
+        Diagnostics::of_file(base.join(below), message, "look at its permissions")
+    };
+    let mut entries: Vec<_> =
+        fs::read_dir(base.join(below)).and_then(Iterator::collect).map_err(unreadable)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let path = below.join(entry.file_name());
+        match entry.file_type().map_err(unreadable)? {
+            kind if kind.is_dir() => files_below(base, &path, found)?,
+            // Also where a link leads to one.
+            _ if base.join(&path).is_file() => found.push(path),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Reads a text file whose kind is `what`; `missing` is the advice where there is none.

@@ -23,7 +23,8 @@ fn folder(dirs: &LabPaths) -> PathBuf {
     dirs.dir.join("layers")
 }
 
-fn path(dirs: &LabPaths, id: &str) -> PathBuf {
+/// The file of a layer.
+pub(super) fn path(dirs: &LabPaths, id: &str) -> PathBuf {
     folder(dirs).join(id).join("overlay.qcow2")
 }
 
@@ -57,7 +58,7 @@ pub fn sync(dirs: &LabPaths, id: &str) -> Result<(), Error> {
 }
 
 /// The files that a disk stands on, itself first. All of them are there.
-fn chain(disk: &Path) -> Result<Vec<PathBuf>, Error> {
+pub(super) fn chain(disk: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut chain = vec![disk.to_path_buf()];
     let mut next = qcow2::info(disk)?.backing;
     while let Some((path, format)) = next {

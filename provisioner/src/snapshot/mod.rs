@@ -8,12 +8,14 @@
 //!
 //! A suspended lab is one that has the snapshot `suspended` and does not run: `suspend`.
 //!
-//! `save` and `restore` make and use them, `layers` freezes disks, `clock` tells guests that time has passed.
+//! `save` and `restore` make and use them, `layers` freezes disks, `clock` tells guests that time has passed,
+//! `pack` makes a file of one for another machine.
 
 mod clock;
 mod fork;
 pub mod kept;
 mod layers;
+pub mod pack;
 mod restore;
 mod save;
 mod suspend;
