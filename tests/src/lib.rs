@@ -42,6 +42,18 @@ impl TestLab {
         lab
     }
 
+    /// A lab that is not there yet, nor its labfile: `folder` is where it will be imported to.
+    pub fn to_import(home: &Path) -> Self {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let file = dir.path().join("imported").join("lab.toml");
+        Self { dir, file, home: Some(home.into()) }
+    }
+
+    /// The folder that its labfile is in, or will be.
+    pub fn folder(&self) -> &Path {
+        self.file.parent().unwrap()
+    }
+
     /// A lab from a labfile of the repository, under a name of its own and with another port for `forward`.
     pub fn example(name: &str, change: impl FnOnce(String) -> String) -> Self {
         let path = repository().join("labfiles").join(name);

@@ -3,6 +3,8 @@
 
 use std::{
     os::unix::fs::FileExt,
+    path::Path,
+    process::Command,
     time::{Duration, Instant, SystemTime},
 };
 
@@ -304,4 +306,105 @@ fn a_kill_leaves_the_old_or_the_new() {
         lab.run(&["snapshot", "restore", name]);
         assert_eq!(ask(&lab, "a", "cat /root/state"), "old");
     }
+}
+
+/// A LAB_HOME that has nothing, neither images nor labs. Its emulated host is the only one as long as it is used: two at
+/// once are much too slow.
+struct OtherHome {
+    dir: tempfile::TempDir,
+    emulated: bool,
+}
+
+impl OtherHome {
+    fn new() -> Self {
+        let first = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
+        let home = Self {
+            dir: tempfile::tempdir_in("/var/tmp").unwrap(),
+            emulated: Path::new(&first).join("host").exists(),
+        };
+        if home.emulated {
+            lab_host(None, &["stop", "--force"]);
+        }
+        home
+    }
+}
+
+impl Drop for OtherHome {
+    fn drop(&mut self) {
+        if self.emulated {
+            lab_host(Some(self.dir.path()), &["stop", "--force"]);
+            lab_host(None, &["start"]);
+        }
+    }
+}
+
+fn lab_host(home: Option<&Path>, arguments: &[&str]) {
+    let mut command = Command::new(lab_tests::program());
+    command.args(["-q", "host"]).args(arguments).envs(home.map(|home| ("LAB_HOME", home)));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "lab host {arguments:?}: {}", lab_tests::text(&output));
+}
+
+#[test]
+fn an_exported_lab_goes_on_where_nothing_else_is() {
+    let name = "exported";
+    let text = format!(
+        "name = \"{name}\"\nimage = \"tiny\"\n[node.a]\nmemory = \"128MiB\"\n\
+         [[step]]\nname = \"own\"\nscript = \"scripts/own.sh\"\n"
+    );
+    let there = tempfile::tempdir_in("/var/tmp").unwrap();
+    let file = there.path().join("before.lab");
+    let shown = file.to_str().unwrap();
+    let export = ["snapshot", "export", "before", shown];
+    let counted;
+    {
+        let lab = TestLab::new(&text);
+        std::fs::create_dir(lab.dir().join("scripts")).unwrap();
+        std::fs::write(lab.dir().join("scripts/own.sh"), "echo own >/root/own\n").unwrap();
+        assert!(lab.fails(1, &["up", "--locked"]).contains("lab.lock"));
+        lab.run(&["up"]);
+        lab.run(&["up", "--locked"]);
+        let count = "(i=0; while :; do i=$((i+1)); echo $i >/tmp/n; mv /tmp/n /tmp/count; sleep 0.2; done)";
+        ask(&lab, "a", &format!("echo there >/root/there; sync; {count} >/dev/null 2>&1 </dev/null &"));
+        ask(&lab, "a", "until [ -e /tmp/count ]; do sleep 0.1; done");
+        counted = number(&lab, "a", "cat /tmp/count");
+        lab.run(&["snapshot", "save", "before"]);
+        assert!(lab.fails(1, &["snapshot", "export", "none", shown]).contains("has no snapshot `none`"));
+        for delay in [100, 300] {
+            if !kill_after(&lab, &export, Duration::from_millis(delay)) || file.exists() {
+                std::fs::remove_file(&file).unwrap();
+            }
+        }
+        lab.run(&export);
+        assert!(lab.fails(1, &export).contains("exists already"));
+        assert_eq!(std::fs::read_dir(there.path()).unwrap().count(), 1, "nothing else is left");
+    }
+    let home = OtherHome::new();
+    let lab = TestLab::to_import(home.dir.path());
+    let folder = lab.folder().to_str().unwrap();
+    let import = ["snapshot", "import", shown, folder];
+    for delay in [50, 200, 500] {
+        if !kill_after(&lab, &import, Duration::from_millis(delay))
+            || home.dir.path().join("labs").join(name).exists()
+        {
+            lab.run(&["destroy", "--yes"]);
+            std::fs::remove_dir_all(folder).unwrap();
+        }
+    }
+    lab.run(&import);
+    assert!(lab.fails(1, &import).contains("there is a lab `exported` already"));
+    assert_eq!(snapshots(&lab), ["before"]);
+    assert_eq!(lab.state_of("a"), "absent");
+    lab.run(&["snapshot", "restore", "before"]);
+    assert_eq!(ask(&lab, "a", "cat /root/there /root/own"), "there\nown");
+    let end = Instant::now() + Duration::from_secs(60);
+    while number(&lab, "a", "cat /tmp/count") <= counted + 5 {
+        assert!(Instant::now() < end, "what ran does not go on");
+    }
+    // All that it is made from came along; nothing was built.
+    lab.run(&["up", "--locked"]);
+    assert!(!home.dir.path().join("images").exists());
+    std::fs::write(lab.folder().join("scripts/own.sh"), "echo other >/root/own\n").unwrap();
+    assert!(lab.fails(1, &["up", "--locked"]).contains("step own: was "));
+    assert_eq!(ask(&lab, "a", "cat /root/own"), "own");
 }
