@@ -110,16 +110,6 @@ pub enum Error {
         /// Its format.
         found: u32,
     },
-    /// A disk has been frozen too often.
-    #[error(
-        "{node}: its disk lies on {depth} frozen ones, the most there may be; remove snapshots, or make the node anew with `lab destroy {node}` and `lab up`"
-    )]
-    Depth {
-        /// The node.
-        node: String,
-        /// How many.
-        depth: usize,
-    },
     /// Something that concerns one node.
     #[error("{node}: {source}")]
     Node {

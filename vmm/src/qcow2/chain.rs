@@ -28,11 +28,17 @@ pub(crate) struct Chain {
 
 /// Opens a qcow2 image and its backing files, which are only read.
 pub(crate) fn open(path: &Path, writable: bool) -> Result<Chain, Error> {
-    open_layer(path, writable, 1)
+    open_layer(open_file(path, writable)?, path, writable, 1)
 }
 
-fn open_layer(path: &Path, writable: bool, depth: usize) -> Result<Chain, Error> {
-    let file = open_file(path, writable)?;
+/// Opens, for reading, what a machine that stands still may have locked.
+pub(super) fn open_paused(path: &Path) -> Result<Chain, Error> {
+    let file =
+        File::open(path).map_err(|source| Error::Io { path: path.to_owned(), action: "open it", source })?;
+    open_layer(file, path, false, 1)
+}
+
+fn open_layer(file: File, path: &Path, writable: bool, depth: usize) -> Result<Chain, Error> {
     let header = Header::read(path, &file)?;
     header.check_length(path, &file)?;
     if writable {
@@ -51,7 +57,9 @@ fn open_layer(path: &Path, writable: bool, depth: usize) -> Result<Chain, Error>
         Some(name) => {
             let below = header::resolve(path, name);
             match header.backing_format(path)? {
-                Some(DiskFormat::Qcow2) => Some(open_layer(&below, false, depth + 1)?.access),
+                Some(DiskFormat::Qcow2) => {
+                    Some(open_layer(open_file(&below, false)?, &below, false, depth + 1)?.access)
+                }
                 Some(DiskFormat::Raw) => Some(open_raw(&below)?),
                 None => {
                     return Err(Error::Unsupported {
