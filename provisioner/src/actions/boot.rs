@@ -82,6 +82,7 @@ impl Action for Boot {
         let dir = lab.dirs.node(name);
         // What was known of an earlier machine is void.
         drop(fs::remove_file(ready::marker(lab, name)));
+        drop(fs::remove_file(ready::behind(lab, name)));
         lab.channel(name).close();
         let host_key = channel::ensure_key(&dir.join("ssh_host_ed25519_key"))?;
         let trusted = format!("{name} {host_key}\n");

@@ -167,6 +167,11 @@ fn users(lab: &Lab, prefix: &[String]) -> Result<Vec<Node>, Error> {
     Ok(users)
 }
 
+/// The file that says that a node has yet to be told what time it is.
+pub fn behind_marker(lab: &Lab, node: &str) -> PathBuf {
+    ready::behind(lab, node)
+}
+
 /// The file that says that a node has run commands since it was started.
 pub fn ready_marker(lab: &Lab, node: &str) -> PathBuf {
     ready::marker(lab, node)

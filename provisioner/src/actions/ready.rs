@@ -8,6 +8,7 @@ use crate::{
     lab::Lab,
     labfile::topology::Node,
     progress::Task,
+    snapshot,
     state::{self, NodeState},
 };
 
@@ -28,6 +29,11 @@ pub fn marker(lab: &Lab, node: &str) -> std::path::PathBuf {
     lab.dirs.node_socket(node, "ready")
 }
 
+/// The file that says that a node stood still, or will, and has yet to be told what time it is.
+pub fn behind(lab: &Lab, node: &str) -> std::path::PathBuf {
+    lab.dirs.node_socket(node, "behind")
+}
+
 impl Action for Ready {
     fn describe(&self) -> String {
         "wait until it runs commands".into()
@@ -35,7 +41,8 @@ impl Action for Ready {
 
     fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
         let running = state::node_state(&lab.dirs, &self.node.name) == NodeState::Running;
-        Ok(running && marker(lab, &self.node.name).exists())
+        let name = &self.node.name;
+        Ok(running && marker(lab, name).exists() && !behind(lab, name).exists())
     }
 
     fn inputs(&self, _lab: &Lab) -> Option<String> {
@@ -43,6 +50,9 @@ impl Action for Ready {
     }
 
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
+        if behind(lab, &self.node.name).exists() {
+            return Ok(snapshot::catch_up(lab, &self.node.name).map_err(Box::new)?);
+        }
         let (manifest, _) = lab.image_of(&self.node.name)?;
         let channel = lab.channel(&self.node.name);
         // A slow host has better things to do than to ask.

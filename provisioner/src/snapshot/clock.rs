@@ -2,12 +2,13 @@
 //! that it is asked to do.
 
 use std::{
+    fs,
     io::{BufRead, BufReader, Write},
     process::Stdio,
     time::{Duration, Instant, SystemTime},
 };
 
-use super::Error;
+use super::{Error, io};
 use crate::{actions, channel, child, json_file, lab::Lab};
 
 /// How long a machine may take to be written, with KVM.
@@ -20,6 +21,11 @@ const LIMIT_S: u32 = 20;
 const SCRIPT: &str = "echo go; read t; s=${t%.*}; \
      if [ \"$s\" -gt \"$(date +%s)\" ]; then date -s \"@$t\" || date -s \"@$s\"; fi >/dev/null 2>&1";
 
+/// Notes that a node will have missed time, before it does: whatever ends this command, the next `up` tells it.
+pub fn will_miss(lab: &Lab, node: &str) -> Result<(), Error> {
+    Ok(json_file::write_bytes(&actions::behind_marker(lab, node), b"")?)
+}
+
 /// Sets the clock of a node that went on, and marks it as ready.
 pub fn catch_up(lab: &Lab, node: &str) -> Result<(), Error> {
     let limit = lab.limit(LIMIT_S);
@@ -27,7 +33,16 @@ pub fn catch_up(lab: &Lab, node: &str) -> Result<(), Error> {
     let channel = lab.channel(node);
     loop {
         match step(&channel, end) {
-            Ok(()) => return Ok(json_file::write_bytes(&actions::ready_marker(lab, node), b"")?),
+            Ok(()) => {
+                json_file::write_bytes(&actions::ready_marker(lab, node), b"")?;
+                let behind = actions::behind_marker(lab, node);
+                return match fs::remove_file(&behind) {
+                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                        Err(io("remove", &behind)(error))
+                    }
+                    _ => Ok(()),
+                };
+            }
             Err(reason) if Instant::now() > end => {
                 let reason =
                     format!("its clock was not set within {} s; last seen: {reason}", limit.as_secs());

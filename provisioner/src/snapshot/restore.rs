@@ -52,6 +52,7 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
         // It has gone on, or was given up.
         super::forget(lab, SUSPENDED)?;
     }
+    each(&running, |node| clock::will_miss(lab, node))?;
     finish(lab)?;
     task.detail("resume");
     each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;

@@ -53,6 +53,7 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
         control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), action).map_err(Error::from)
     };
     task.detail("pause");
+    each(&running, |node| clock::will_miss(lab, node))?;
     let written = each(&running, |node| ask(node, vmm::Action::Pause))
         .and_then(|_| write(lab, &nodes, &running, &partial, task));
     // If it failed, nobody is left standing.
@@ -68,6 +69,7 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
             // Room for what has to go on. What can't be removed goes with the next try.
             drop(fs::remove_dir_all(&partial));
             drop(layers::prune(lab));
+            drop(each(&running, |node| clock::catch_up(lab, node)));
             return Err(error);
         }
     };
@@ -119,7 +121,7 @@ fn write(
         let dir = lab.dirs.node(node);
         let Some(made_from) = lab.record_of(node)? else { continue };
         let disks = (0..).map(|index| dir.join(actions::disk_file(index))).take_while(|disk| disk.exists());
-        let layers = disks.map(|disk| layers::freeze(&lab.dirs, node, &disk)).collect::<Result<_, _>>()?;
+        let layers = disks.map(|disk| layers::freeze(&lab.dirs, &disk)).collect::<Result<_, _>>()?;
         let saved = SavedNode {
             running: running.contains(node),
             record: made_from,
