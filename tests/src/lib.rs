@@ -17,6 +17,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod load;
+
 /// A lab that a test made, removed with the value.
 pub struct TestLab {
     dir: tempfile::TempDir,
@@ -95,14 +97,19 @@ impl TestLab {
         error
     }
 
-    /// Runs `lab up` after a command was killed: what that was carried by may take a moment to notice.
+    /// Runs `lab up` after a command was killed.
     pub fn up_after_kill(&self) {
+        self.after_kill(&["up"]);
+    }
+
+    /// Runs a `lab` command after another one was killed: what that was carried by may take a moment to notice.
+    pub fn after_kill(&self, arguments: &[&str]) {
         let end = Instant::now() + Duration::from_secs(120);
         loop {
-            let output = output(self.command(&["up"]), b"");
+            let output = output(self.command(arguments), b"");
             let busy = String::from_utf8_lossy(&output.stderr).contains("another lab command");
             if !busy {
-                assert!(output.status.success(), "lab up: {}\n{}", output.status, text(&output));
+                assert!(output.status.success(), "lab {arguments:?}: {}\n{}", output.status, text(&output));
                 return;
             }
             assert!(Instant::now() < end, "the dead command still holds the lab");
@@ -219,6 +226,21 @@ pub fn output(mut command: Command, input: &[u8]) -> Output {
 pub fn text(output: &Output) -> String {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     format!("--- standard output\n{out}\n--- standard error\n{err}")
+}
+
+/// Runs a `lab` command and kills it after a while; false if it had ended by then.
+pub fn kill_after(lab: &TestLab, arguments: &[&str], delay: Duration) -> bool {
+    let mut child = lab.command(arguments).stdin(Stdio::null()).spawn().unwrap();
+    let end = Instant::now() + delay;
+    while Instant::now() < end {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        std::thread::park_timeout(Duration::from_millis(10));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
 }
 
 /// A port of this machine that nobody listens on.

@@ -93,6 +93,19 @@ fn a_full_disk_is_an_io_error_in_the_guest() {
     drop(asked);
     assert!(node.wait().unwrap().success());
     assert_eq!(lab.state_of("node1"), "running");
+
+    // A snapshot that there is no room for is none, and the node goes on.
+    let leave =
+        "kib=$(df -k --output=avail . | tail -n 1); head -c $(((kib - 16384) * 1024)) /dev/zero >filler";
+    run(shell(leave).current_dir(home.path()));
+    let why = lab.fails(1, &["snapshot", "save", "one"]);
+    assert!(why.contains("No space left on device"), "{why}");
+    assert!(!lab.run(&["snapshot", "ls"]).contains("one"));
+    assert_eq!(lab.shell("node1", "echo there", b""), (Some(0), "there\n".into()));
+    std::fs::remove_file(&filler).unwrap();
+    lab.run(&["snapshot", "save", "one"]);
+    lab.run(&["snapshot", "restore", "one"]);
+    assert_eq!(lab.shell("node1", "echo there", b""), (Some(0), "there\n".into()));
 }
 
 fn shell(script: &str) -> Command {

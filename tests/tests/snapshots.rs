@@ -5,10 +5,10 @@ use std::{
     os::unix::fs::FileExt,
     path::Path,
     process::Command,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
-use lab_tests::TestLab;
+use lab_tests::{TestLab, kill_after, load::Load};
 
 /// A lab of two small nodes under a name of its own.
 fn labfile(name: &str) -> String {
@@ -27,21 +27,6 @@ disks = ["64MiB"]
     )
 }
 
-/// On a: sends numbers to b, writes a synced journal, and watches both clocks.
-const WORK_A: &str = r#"
-(i=0; while :; do i=$((i+1)); echo $i; sleep 0.1; done </dev/null 2>/dev/null | nc b 7000 >/dev/null 2>&1) &
-(i=0; while :; do i=$((i+1)); echo "$i $(echo $i | md5sum)" >>/root/journal; sync; echo $i >/tmp/s; mv /tmp/s /tmp/synced; sleep 0.1; done) >/dev/null 2>&1 </dev/null &
-(w=0 m=0; while :; do
-    t=$(date +%s); [ $t -ge $w ] || echo "wall clock: $w, then $t" >>/tmp/back; w=$t
-    read u _ </proc/uptime; u=${u%.*}; [ $u -ge $m ] || echo "uptime: $m, then $u" >>/tmp/back
-    [ $((u - m)) -lt 15 ] || [ $m = 0 ] || echo "uptime: a leap from $m to $u" >>/tmp/back; m=$u
-    sleep 0.2
-done) >/dev/null 2>&1 </dev/null &
-"#;
-
-/// On b: keeps what a sends, and never says that it has nothing to say, which would end it.
-const WORK_B: &str = "(sleep 100000 </dev/null 2>/dev/null | nc -l -p 7000 >/tmp/got 2>/dev/null) &";
-
 fn ask(lab: &TestLab, node: &str, script: &str) -> String {
     let (status, said) = lab.shell(node, script, b"");
     assert_eq!(status, Some(0), "{node}: {script}: {said}");
@@ -50,45 +35,6 @@ fn ask(lab: &TestLab, node: &str, script: &str) -> String {
 
 fn number(lab: &TestLab, node: &str, script: &str) -> u64 {
     ask(lab, node, script).parse().unwrap_or(0)
-}
-
-/// Waits until b has got more numbers than `count`.
-fn wait_for_more(lab: &TestLab, count: u64) -> u64 {
-    let end = Instant::now() + Duration::from_secs(120);
-    loop {
-        let got = number(lab, "b", "wc -l </tmp/got");
-        if got > count {
-            return got;
-        }
-        assert!(Instant::now() < end, "b has got {got} numbers, and no more than {count} in two minutes");
-    }
-}
-
-/// What must hold at any time: no number was lost or came twice, what was synced is there, no clock went back, and it is
-/// now.
-fn check_work(lab: &TestLab) {
-    let lost = ask(lab, "b", "awk '$1 != NR { print NR \": \" $0; exit }' /tmp/got");
-    assert_eq!(lost, "", "the stream has a gap");
-    let synced = number(lab, "a", "cat /tmp/synced");
-    let wrong = ask(
-        lab,
-        "a",
-        "n=0; while read i sum _; do n=$((n+1)); \
-         [ $i = $n ] && [ \"$sum\" = \"$(echo $i | md5sum | cut -d' ' -f1)\" ] || echo \"$n: $i $sum\"; done </root/journal",
-    );
-    assert_eq!(wrong, "", "the journal is damaged");
-    let written = number(lab, "a", "wc -l </root/journal");
-    assert!(synced > 0 && written >= synced, "{synced} lines were synced, {written} are there");
-    assert_eq!(ask(lab, "a", "cat /tmp/back 2>/dev/null; true"), "", "a clock went back");
-    for node in ["a", "b"] {
-        let before = now_s();
-        let there = number(lab, node, "date +%s");
-        assert!((before - 2..=now_s() + 2).contains(&there), "{node}'s clock says {there} at {before}");
-    }
-}
-
-fn now_s() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
 fn snapshots(lab: &TestLab) -> Vec<String> {
@@ -111,16 +57,16 @@ fn a_running_lab_comes_back_as_it_was() {
     let lab = TestLab::new(&labfile(name));
     lab.run(&["up"]);
     assert!(lab.fails(1, &["snapshot", "restore", "none"]).contains("has no snapshot `none`"));
-    ask(&lab, "b", WORK_B);
-    ask(&lab, "a", WORK_A);
+    let load = Load::of(&lab);
+    load.start();
     ask(&lab, "b", "dd if=/dev/urandom of=/dev/vdb bs=1M count=4 2>/dev/null; md5sum </dev/vdb >/tmp/vdb");
-    wait_for_more(&lab, 10);
+    load.wait_for_more(10);
     lab.run(&["snapshot", "save", "one"]);
     assert!(lab.fails(1, &["snapshot", "save", "one"]).contains("has a snapshot `one`"));
     assert!(lab.fails(1, &["snapshot", "save", "../x"]).contains("is no name"));
     // It went on after it was saved.
-    let at_least = wait_for_more(&lab, number(&lab, "b", "wc -l </tmp/got"));
-    check_work(&lab);
+    let at_least = load.wait_for_more(load.got());
+    load.check();
     ask(&lab, "a", "echo later >/root/later; echo later >/tmp/later; sync");
     ask(&lab, "b", "dd if=/dev/zero of=/dev/vdb bs=1M count=4 2>/dev/null; sync");
 
@@ -129,8 +75,8 @@ fn a_running_lab_comes_back_as_it_was() {
         assert_eq!(ask(&lab, "a", "ls /root/later /tmp/later 2>/dev/null; true"), "");
         assert_eq!(ask(&lab, "b", "md5sum </dev/vdb | cmp - /tmp/vdb && echo same"), "same");
         // The connection from before goes on, over and beyond what came after the snapshot.
-        wait_for_more(&lab, at_least);
-        check_work(&lab);
+        load.wait_for_more(at_least);
+        load.check();
         assert_eq!(ask(&lab, "a", "ping -c 1 -W 20 b >/dev/null && echo there"), "there");
     }
     for node in ["a", "b"] {
@@ -147,7 +93,7 @@ fn a_running_lab_comes_back_as_it_was() {
     lab.run(&["snapshot", "rm", "one"]);
     lab.run(&["snapshot", "restore", "two"]);
     assert_eq!(ask(&lab, "a", "cat /root/second"), "second");
-    check_work(&lab);
+    load.check();
     assert!(lab.run(&["up"]).contains("running"));
 
     // A damaged one is refused, and what is on the disks then is what was there when it was made.
@@ -221,9 +167,9 @@ fn a_suspended_lab_goes_on_once() {
     let lab = TestLab::new(&labfile("suspended"));
     lab.run(&["up"]);
     assert!(lab.fails(1, &["resume"]).contains("is not suspended"));
-    ask(&lab, "b", WORK_B);
-    ask(&lab, "a", WORK_A);
-    let mut got = wait_for_more(&lab, 5);
+    let load = Load::of(&lab);
+    load.start();
+    let mut got = load.wait_for_more(5);
     for back in ["resume", "up", "restart"] {
         lab.run(&["suspend"]);
         assert_eq!(lab.state_of("a"), "suspended");
@@ -231,25 +177,34 @@ fn a_suspended_lab_goes_on_once() {
         assert_ne!(status, Some(0), "a suspended node runs nothing");
         lab.run(&[back]);
         assert_eq!(lab.state_of("a"), "running");
-        got = wait_for_more(&lab, got);
-        check_work(&lab);
+        got = load.wait_for_more(got);
+        load.check();
         assert_eq!(snapshots(&lab), ["first-up"], "it goes on once");
         assert!(lab.fails(1, &["resume"]).contains("is not suspended"));
+    }
+    // The machine that labs run on is another one.
+    if lab_tests::emulated() {
+        lab.run(&["suspend"]);
+        lab_host(None, &["stop", "--force"]);
+        lab_host(None, &["start"]);
+        lab.run(&["resume"]);
+        got = load.wait_for_more(got);
+        load.check();
     }
     // Cut off at any moment, it is still there, suspended or not.
     for delay in [400, 1500, 2500] {
         kill_after(&lab, &["suspend"], Duration::from_millis(delay));
         lab.up_after_kill();
-        got = wait_for_more(&lab, got);
-        check_work(&lab);
+        got = load.wait_for_more(got);
+        load.check();
     }
     lab.run(&["suspend"]);
     for delay in [700, 2000, 3500] {
         kill_after(&lab, &["resume"], Duration::from_millis(delay));
     }
     lab.up_after_kill();
-    wait_for_more(&lab, got);
-    check_work(&lab);
+    load.wait_for_more(got);
+    load.check();
     // One that is damaged: nothing is lost but what was in memory.
     ask(&lab, "a", "echo there >/root/there; echo there >/tmp/there; sync");
     lab.run(&["suspend"]);
@@ -259,21 +214,6 @@ fn a_suspended_lab_goes_on_once() {
     assert!(up.status.success() && said.contains("it does not begin as a snapshot does"), "{said}");
     assert_eq!(ask(&lab, "a", "cat /root/there /tmp/there 2>/dev/null; true"), "there");
     assert_eq!(snapshots(&lab), ["first-up", "not-resumed"]);
-}
-
-/// Runs a `lab` command and kills it after a while.
-fn kill_after(lab: &TestLab, arguments: &[&str], delay: Duration) -> bool {
-    let mut child = lab.command(arguments).stdin(std::process::Stdio::null()).spawn().unwrap();
-    let end = Instant::now() + delay;
-    while Instant::now() < end {
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        std::thread::park_timeout(Duration::from_millis(10));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    true
 }
 
 #[test]
@@ -317,11 +257,7 @@ struct OtherHome {
 
 impl OtherHome {
     fn new() -> Self {
-        let first = std::env::var_os("LAB_HOME").expect("LAB_HOME is set by scripts/test");
-        let home = Self {
-            dir: tempfile::tempdir_in("/var/tmp").unwrap(),
-            emulated: Path::new(&first).join("host").exists(),
-        };
+        let home = Self { dir: tempfile::tempdir_in("/var/tmp").unwrap(), emulated: lab_tests::emulated() };
         if home.emulated {
             lab_host(None, &["stop", "--force"]);
         }
