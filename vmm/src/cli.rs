@@ -24,7 +24,7 @@ pub struct Cli {
     /// Configuration file (JSON); the other flags are for machines made by hand
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "name", "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "net", "vsock", "console_log",
-        "console_socket", "stdio", "control", "lock", "restore", "paused",
+        "console_socket", "stdio", "control", "lock", "restore", "prefetch", "paused",
     ])]
     config: Option<PathBuf>,
     /// Name of the machine, for messages
@@ -72,6 +72,9 @@ pub struct Cli {
     /// Go on from the snapshot in this folder, instead of booting; the other flags describe the same machine
     #[arg(long, value_name = "FOLDER")]
     restore: Option<PathBuf>,
+    /// Read all memory of the snapshot at once, instead of sharing it
+    #[arg(long, requires = "restore")]
+    prefetch: bool,
     /// Stand still until the control request "resume"
     #[arg(long)]
     paused: bool,
@@ -133,6 +136,7 @@ impl Cli {
                 control: self.control.clone(),
                 lock: self.lock.clone(),
                 restore: self.restore.clone(),
+                prefetch: self.prefetch,
                 paused: self.paused,
             }),
         }

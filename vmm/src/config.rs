@@ -43,6 +43,10 @@ pub struct VmConfig {
     /// Folder of a snapshot: the machine goes on from there, instead of booting the kernel. After a reset it boots.
     #[serde(default)]
     pub restore: Option<PathBuf>,
+    /// Whether all memory of that snapshot is made the machine's own at once, instead of being shared with other machines
+    /// that go on from there, and read page by page when the guest wants it.
+    #[serde(default)]
+    pub prefetch: bool,
     /// Whether the machine stands still until the control request `resume`.
     #[serde(default)]
     pub paused: bool,

@@ -147,6 +147,7 @@ mod tests {
             control: None,
             lock: None,
             restore: None,
+            prefetch: false,
             paused: false,
         }
     }

@@ -168,7 +168,7 @@ impl Machine {
     fn restore(config: VmConfig, started: Instant, signals: Signals, folder: &Path) -> Result<Self, Error> {
         let unusable = |why| snapshot::Error::Unusable { path: folder.into(), why };
         let state = snapshot::load_state(folder, &config)?;
-        let ram = snapshot::load_memory(folder, &state)?;
+        let ram = snapshot::load_memory(folder, &state, config.prefetch)?;
         let mut parts = Parts::new(&config, &ram.memory)?;
         for (fresh, saved) in parts.cpus.iter().zip(&state.cpus) {
             cpu::state::check(fresh, saved).map_err(unusable)?;

@@ -52,7 +52,7 @@ fn run(cli: &Cli, started: Instant) -> Result<(), Box<dyn std::error::Error>> {
         )
         .into());
     }
-    let config = VmConfig { restore: None, paused: false, ..config };
+    let config = VmConfig { restore: None, prefetch: false, paused: false, ..config };
     let error = restart::start_anew(&config, lock.as_ref(), quick);
     Err(format!("{name}: cannot start anew after the reset: {error}").into())
 }

@@ -175,6 +175,8 @@ impl Boot {
             control: Some(lab.dirs.node_socket(name, "ctl")),
             lock: Some(state::vmm_lock(&dir)),
             restore: self.snapshot.clone(),
+            // Forks are for sharing.
+            prefetch: self.snapshot.is_some() && lab.fork.is_none(),
             paused: self.snapshot.is_some(),
         })
     }

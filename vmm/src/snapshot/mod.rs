@@ -105,10 +105,10 @@ pub fn load_state(folder: &Path, config: &VmConfig) -> Result<State, Error> {
 }
 
 /// Map the memory that is in `folder`: privately, so that the file stays as it is; pages come when they are used.
-pub fn load_memory(folder: &Path, state: &State) -> Result<GuestRam, Error> {
+pub fn load_memory(folder: &Path, state: &State, prefetch: bool) -> Result<GuestRam, Error> {
     let path = folder.join(MEMORY);
     let file = OpenOptions::new().read(true).open(&path).map_err(io_error("open", &path))?;
-    GuestRam::load(&file, state.memory_mib, &state.sums).map_err(|error| match error {
+    GuestRam::load(&file, state.memory_mib, &state.sums, prefetch).map_err(|error| match error {
         ram::LoadError::Io(source) => Error::Io { action: "read", path, source },
         other => unusable(&path, other.to_string()),
     })

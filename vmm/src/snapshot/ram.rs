@@ -111,8 +111,10 @@ impl GuestRam {
         Ok(Sums(sums))
     }
 
-    /// Map what [`save`](Self::save) wrote, privately. All of it is read once, to be checked.
-    pub fn load(file: &File, mib: u64, sums: &Sums) -> Result<Self, LoadError> {
+    /// Take what [`save`](Self::save) wrote; all of it is read once, to be checked. It is mapped privately, and shared
+    /// with all others who do so until it is written to; or, with `prefetch`, it is read into memory of the machine's own,
+    /// where the guest finds it in large pages, without a fault for each small one.
+    pub fn load(file: &File, mib: u64, sums: &Sums, prefetch: bool) -> Result<Self, LoadError> {
         let mut ram = Self::new(mib)?;
         let (found, expected) = (file.metadata()?.len(), length(&ram.memory));
         if found != expected {
@@ -123,23 +125,17 @@ impl GuestRam {
             let Ok(known) = sums.0.binary_search_by_key(&(index as u32), |(piece, _)| *piece) else {
                 continue;
             };
-            // SAFETY: replaces pages of our own mapping, which nobody uses yet, by others of the same size and access;
-            // `ram.memory` unmaps them with the rest.
-            let mapped = unsafe {
-                libc::mmap(
-                    piece.0.cast(),
-                    piece.1,
-                    libc::PROT_READ | libc::PROT_WRITE,
-                    libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
-                    file.as_raw_fd(),
-                    (index * PIECE) as libc::off_t,
-                )
+            let data = if prefetch {
+                // SAFETY: the piece is mapped as long as `ram.memory` is, and nobody else uses it yet.
+                unsafe { slice::from_raw_parts_mut(piece.0, piece.1) }
+            } else {
+                map(piece, file, index)?;
+                if let Some(mapped) = ram.mapped.get_mut(index) {
+                    *mapped = true;
+                }
+                // Read, not touched: a page fault for each page would take longer.
+                buffer.get_mut(..piece.1).unwrap_or_default()
             };
-            if mapped == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error().into());
-            }
-            // Read, not touched: a page fault for each page would take longer.
-            let data = buffer.get_mut(..piece.1).unwrap_or_default();
             file.read_exact_at(data, (index * PIECE) as u64)?;
             let mut sum = Sum::default();
             data.chunks(PAGE).enumerate().for_each(|(number, page)| {
@@ -149,12 +145,26 @@ impl GuestRam {
             if sum.finish() != sums.0.get(known).map(|(_, sum)| *sum) {
                 return Err(LoadError::Damaged { from, to: from + piece.1 / MIB as usize });
             }
-            if let Some(mapped) = ram.mapped.get_mut(index) {
-                *mapped = true;
-            }
         }
         Ok(ram)
     }
+}
+
+/// Map piece `index` of a file in the place of the piece.
+fn map(piece: Piece, file: &File, index: usize) -> io::Result<()> {
+    // SAFETY: replaces pages of a mapping of guest memory, which nobody uses yet, by others of the same size and access;
+    // whoever unmaps the others unmaps them, too.
+    let mapped = unsafe {
+        libc::mmap(
+            piece.0.cast(),
+            piece.1,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            (index * PIECE) as libc::off_t,
+        )
+    };
+    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Bytes of RAM.
@@ -239,21 +249,37 @@ mod tests {
         assert_eq!(metadata.len(), 65 * MIB);
         assert!(std::os::unix::fs::MetadataExt::blocks(&metadata) * 512 <= 8 * PAGE as u64);
 
-        let restored = GuestRam::load(&first, 65, &sums).unwrap();
+        let own = GuestRam::load(&first, 65, &sums, true).unwrap();
+        let restored = GuestRam::load(&first, 65, &sums, false).unwrap();
         for (at, value) in [(5, 1), (6, 0), (4096 * 3, 2), (4096 * 4, 3), (20 * MIB, 0), (65 * MIB - 1, 4)] {
-            assert_eq!(byte(&restored, at), value, "at {at:#x}");
+            assert_eq!((byte(&restored, at), byte(&own, at)), (value, value), "at {at:#x}");
         }
         // What the restored machine changes is its own, and is in its own snapshots, with what it has not touched.
         restored.memory.write_obj(7u8, GuestAddress(5)).unwrap();
         restored.memory.write_obj(8u8, GuestAddress(20 * MIB)).unwrap();
         restored.memory.write_obj(0u8, GuestAddress(4096 * 4)).unwrap();
-        assert_eq!(byte(&GuestRam::load(&first, 65, &sums).unwrap(), 5), 1);
+        assert_eq!(byte(&GuestRam::load(&first, 65, &sums, false).unwrap(), 5), 1);
         let second = file();
         let sums = restored.save(&second).unwrap();
-        let again = GuestRam::load(&second, 65, &sums).unwrap();
+        let again = GuestRam::load(&second, 65, &sums, false).unwrap();
         for (at, value) in [(5, 7), (4096 * 3, 2), (4096 * 4, 0), (20 * MIB, 8), (65 * MIB - 1, 4)] {
             assert_eq!(byte(&again, at), value, "at {at:#x}");
         }
+    }
+
+    #[test]
+    fn memory_of_its_own_is_saved_as_it_is() {
+        let ram = GuestRam::new(64).unwrap();
+        ram.memory.write_obj(3u8, GuestAddress(9 * MIB)).unwrap();
+        let (first, second) = (file(), file());
+        let sums = ram.save(&first).unwrap();
+        let own = GuestRam::load(&first, 64, &sums, true).unwrap();
+        own.memory.write_obj(4u8, GuestAddress(40 * MIB)).unwrap();
+        let sums = own.save(&second).unwrap();
+        let again = GuestRam::load(&second, 64, &sums, true).unwrap();
+        assert_eq!([9, 40, 41].map(|mib| byte(&again, mib * MIB)), [3, 4, 0]);
+        // Whole pages of zeroes, which were read, too, take no room.
+        assert!(std::os::unix::fs::MetadataExt::blocks(&second.metadata().unwrap()) * 512 <= 4 * PAGE as u64);
     }
 
     #[test]
@@ -263,15 +289,17 @@ mod tests {
         let saved = file();
         let sums = ram.save(&saved).unwrap();
         saved.write_all_at(&[8], 6 * MIB + 5000).unwrap();
-        let told = GuestRam::load(&saved, 64, &sums).err().unwrap().to_string();
-        assert_eq!(told, "its checksum is wrong between 6 and 8 MiB: it is damaged");
+        for prefetch in [false, true] {
+            let told = GuestRam::load(&saved, 64, &sums, prefetch).err().unwrap().to_string();
+            assert_eq!(told, "its checksum is wrong between 6 and 8 MiB: it is damaged");
+        }
         // A page that has become zero, or has moved.
         saved.write_all_at(&[9], 6 * MIB + 5000).unwrap();
-        assert!(GuestRam::load(&saved, 64, &sums).is_ok());
+        assert!(GuestRam::load(&saved, 64, &sums, false).is_ok());
         saved.write_all_at(&[0; PAGE], 6 * MIB).unwrap();
         saved.write_all_at(&[9; PAGE], 6 * MIB + 3 * PAGE as u64).unwrap();
-        assert!(GuestRam::load(&saved, 64, &sums).is_err());
+        assert!(GuestRam::load(&saved, 64, &sums, false).is_err());
         saved.set_len(63 * MIB).unwrap();
-        assert!(matches!(GuestRam::load(&saved, 64, &sums), Err(LoadError::Length { .. })));
+        assert!(matches!(GuestRam::load(&saved, 64, &sums, false), Err(LoadError::Length { .. })));
     }
 }

@@ -53,6 +53,7 @@ impl Bench {
             control: Some(at("control")),
             lock: Some(at("lock")),
             restore: None,
+            prefetch: false,
             paused: false,
         };
         Self { folder, config }
