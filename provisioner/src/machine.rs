@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -22,6 +22,9 @@ const POWER_OFF_LIMIT_S: u32 = 60;
 /// How long a process may take to end once it was told to.
 const END_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long until it is told again.
+const TELL_AGAIN: Duration = Duration::from_millis(500);
+
 /// Why a process did not end.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -35,7 +38,7 @@ pub enum Error {
         /// What the control socket said.
         last: String,
         /// Where its log is.
-        log: std::path::PathBuf,
+        log: PathBuf,
     },
 }
 
@@ -60,18 +63,8 @@ pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), 
         task.detail("the guest does not react: pulling the plug");
         lab.progress.warn(&format!("{node} did not react to its power button: its plug was pulled"));
     }
-    let last = control::ask_vmm(&socket, vmm::Action::Kill);
-    if wait_released(&lock, END_LIMIT) {
-        return Ok(());
-    }
-    let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
     let log = lab.dirs.node(node).join("vmm.log");
-    Err(Error::StillThere {
-        process: format!("the machine of {node}"),
-        seconds: END_LIMIT.as_secs(),
-        last,
-        log,
-    })
+    end(&lock, &format!("the machine of {node}"), log, || control::ask_vmm(&socket, vmm::Action::Kill))
 }
 
 /// Ends the lab's network.
@@ -79,13 +72,31 @@ pub fn stop_network(lab: &Lab) -> Result<(), Error> {
     if !state::net_is_running(&lab.dirs) {
         return Ok(());
     }
-    let last = control::ask_net(&lab.dirs.net_control(), net::Action::Stop);
-    if wait_released(&state::net_lock(&lab.dirs), END_LIMIT) {
-        return Ok(());
-    }
-    let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
     let log = lab.dirs.net().join("net.log");
-    Err(Error::StillThere { process: "lab-net".into(), seconds: END_LIMIT.as_secs(), last, log })
+    end(&state::net_lock(&lab.dirs), "lab-net", log, || {
+        control::ask_net(&lab.dirs.net_control(), net::Action::Stop)
+    })
+}
+
+/// Tells the holder of a lock to end until it has. One that a killed command has just started hears nothing at first.
+fn end<R: std::fmt::Debug>(
+    lock: &Path,
+    process: &str,
+    log: PathBuf,
+    tell: impl Fn() -> Result<R, control::Error>,
+) -> Result<(), Error> {
+    let end = Instant::now() + END_LIMIT;
+    loop {
+        let last = tell();
+        if wait_released(lock, TELL_AGAIN) {
+            return Ok(());
+        }
+        if Instant::now() > end {
+            let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));
+            let (process, seconds) = (process.into(), END_LIMIT.as_secs());
+            return Err(Error::StillThere { process, seconds, last, log });
+        }
+    }
 }
 
 /// Waits until nobody holds a lock.
