@@ -28,6 +28,8 @@ const NOTIFY_PORT: u32 = 9091;
 const CID: u32 = 3;
 /// How long `lab-vmm` may take until it answers, with KVM.
 const START_LIMIT_S: u32 = 10;
+/// Time between two looks for that answer, with KVM.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Starts a node's machine.
 pub struct Boot {
@@ -110,8 +112,8 @@ impl Action for Boot {
             {
                 return Ok(());
             }
-            let ended =
-                child::wait(&mut process, Duration::from_millis(20)).map_err(io("watch", &program))?;
+            // A slow host has better things to do than to ask.
+            let ended = child::wait(&mut process, PAUSE * lab.patience).map_err(io("watch", &program))?;
             let last = fs::read_to_string(&log).unwrap_or_default();
             if ended.is_some() {
                 return Err(Error::NotStarted { program: "lab-vmm", reason: last.trim().into() });
