@@ -19,7 +19,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{json_file, lock, paths};
+use crate::{files, json_file, lock, paths};
 
 /// Version of `layer.json`.
 const FORMAT: u32 = 1;
@@ -115,7 +115,7 @@ pub fn keys(image_digest: &str, steps: impl Iterator<Item = String>) -> Vec<Stri
     steps
         .map(|step| {
             let digest = Sha256::digest(format!("{below}\0{step}"));
-            below = digest.iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+            below = files::hex(&digest[..16]);
             below.clone()
         })
         .collect()
@@ -263,18 +263,13 @@ impl Store {
     fn remove(&self, key: &str) -> Result<(), Error> {
         let folder = self.dir.join(key);
         // Without its description it is none.
-        match fs::remove_file(folder.join("layer.json")) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove", &folder)(source)),
-            _ => clear(&folder),
-        }
+        clear(&folder.join("layer.json"))?;
+        clear(&folder)
     }
 }
 
-fn clear(folder: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(folder) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(failed("remove", folder)(source)),
-        _ => Ok(()),
-    }
+fn clear(path: &Path) -> Result<(), Error> {
+    files::remove(path).map_err(failed("remove", path))
 }
 
 #[cfg(test)]

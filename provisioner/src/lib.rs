@@ -14,6 +14,7 @@ pub mod child;
 pub mod cli;
 pub mod commands;
 pub mod control;
+pub mod files;
 pub mod fork;
 pub mod host;
 pub mod json_file;

@@ -13,7 +13,7 @@ use lab_images::{manifest::Manifest, store};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{actions, lab::Lab, stack};
+use crate::{actions, files::hex, lab::Lab, stack};
 
 const HEAD: &str = "# What the last `lab up` brought up, written by it. Keep it with the labfile: `lab up --locked` brings up\n\
                     # the same, or says what differs.\n\n";
@@ -205,7 +205,7 @@ fn digest<'a>(texts: impl IntoIterator<Item = &'a str>) -> String {
         hash.update((text.len() as u64).to_le_bytes());
         hash.update(text);
     }
-    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 /// Each thing that differs, with what it was and what it is.

@@ -6,7 +6,7 @@ use lab_vmm::{config::DiskFormat, qcow2};
 
 use super::{Action, Error, Script, image, layer};
 use crate::{
-    channel, json_file,
+    channel, files, json_file,
     lab::Lab,
     labfile::topology::Node,
     layer::{OVERLAY, Store},
@@ -108,12 +108,7 @@ pub fn fresh(
 }
 
 fn remove(path: &std::path::Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::Io { action: "remove", path: path.into(), source })
-        }
-        _ => Ok(()),
-    }
+    files::remove(path).map_err(|source| Error::Io { action: "remove", path: path.into(), source })
 }
 
 /// A machine id: 32 hexadecimal digits.

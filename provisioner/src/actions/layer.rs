@@ -1,11 +1,9 @@
 //! A layer: a baked step, run once in a node of its own, for all nodes that have the same image and the same baked steps
 //! before it.
 
-use std::fs;
-
 use super::{Action, Boot, Disk, Error, Image, Network, Ready, Script, disk_file, image};
 use crate::{
-    lab,
+    files, lab,
     lab::Lab,
     labfile::topology::{Node, Topology},
     layer::{self, Store},
@@ -164,12 +162,8 @@ fn clear(build: &Lab, task: &Task) -> Result<(), Error> {
     machine::power_off(build, NODE, true, task)?;
     machine::stop_network(build)?;
     for dir in [&build.dirs.sockets, &build.dirs.dir] {
-        match fs::remove_dir_all(dir) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::Io { action: "remove", path: dir.clone(), source });
-            }
-            _ => {}
-        }
+        let io = |source| Error::Io { action: "remove", path: dir.clone(), source };
+        files::remove(dir).map_err(io)?;
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use super::{Action, Error, ready::Ready};
 use crate::{
     channel,
     child::Outcome,
+    files::hex,
     json_file,
     lab::{Lab, applies},
     labfile::topology::{Node, Stack, Step},
@@ -57,7 +58,7 @@ impl Script {
         }
         hash.update(&self.text);
         hash.update(self.ready.as_ref().map(|(condition, _)| condition.as_str()).unwrap_or_default());
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hash.finalize())
     }
 
     fn records(&self, lab: &Lab) -> PathBuf {

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Context, Error, fork, halt};
-use crate::{lab::Lab, snapshot};
+use crate::{files, lab::Lab, snapshot};
 
 /// Asks whether these nodes, the lab, or all its forks are to be removed, where there is somebody to ask and something to
 /// remove.
@@ -91,10 +91,7 @@ fn remove(path: &Path) -> Result<(), Error> {
     let mut name = std::ffi::OsString::from(".removed-");
     name.push(path.file_name().unwrap_or_default());
     let gone = path.with_file_name(name);
-    let clear = || match fs::remove_dir_all(&gone) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io(&gone)(source)),
-        _ => Ok(()),
-    };
+    let clear = || files::remove(&gone).map_err(io(&gone));
     clear()?;
     match fs::rename(path, &gone) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(io(path)(source)),

@@ -2,13 +2,12 @@
 //! that it is asked to do.
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Write},
     process::Stdio,
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{Error, io};
+use super::{Error, clear};
 use crate::{actions, channel, child, json_file, lab::Lab};
 
 /// How long a machine may take to be written, with KVM.
@@ -35,13 +34,7 @@ pub fn catch_up(lab: &Lab, node: &str) -> Result<(), Error> {
         match step(&channel, end) {
             Ok(()) => {
                 json_file::write_bytes(&actions::ready_marker(lab, node), b"")?;
-                let behind = actions::behind_marker(lab, node);
-                return match fs::remove_file(&behind) {
-                    Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                        Err(io("remove", &behind)(error))
-                    }
-                    _ => Ok(()),
-                };
+                return clear(&actions::behind_marker(lab, node));
             }
             Err(reason) if Instant::now() > end => {
                 let reason =

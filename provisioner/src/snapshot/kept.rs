@@ -4,16 +4,12 @@
 //!
 //! The folder is built like a lab's and shares its files by hard links: nothing is copied in either direction.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Error, FIRST_UP, folder, io, layers, read, save};
-use crate::{actions, json_file, lab::Lab, progress::Task};
+use super::{Error, FIRST_UP, clear, io, link, link_whole, save};
+use crate::{actions, files::hex, json_file, lab::Lab, progress::Task};
 
 /// Room on the disk that must be left when the memory of all nodes has been written, in bytes.
 const SPARE: u64 = 1 << 30;
@@ -53,13 +49,7 @@ pub fn bring_back(lab: &Lab) -> Result<Found, Error> {
 /// What was brought back is of no use: the lab has nothing again, and nothing is kept of it.
 pub fn give_up(lab: &Lab) -> Result<(), Error> {
     forget(lab)?;
-    match fs::remove_file(lab.dirs.state()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(io("remove", &lab.dirs.state())(error));
-        }
-        _ => {}
-    }
-    for part in ["nodes", "snapshots", "layers", "images"] {
+    for part in ["lab.json", "nodes", "snapshots", "layers", "images"] {
         clear(&lab.dirs.dir.join(part))?;
     }
     Ok(lab.dirs.create()?)
@@ -77,19 +67,7 @@ pub fn keep(lab: &Lab, task: &Task) -> Result<bool, Error> {
     let partial = target.with_file_name(format!(".{}.part", lab.topology.name));
     clear(&partial)?;
     crate::paths::private_dir(&partial)?;
-    let dir = &lab.dirs.dir;
-    for part in ["images", "ssh"] {
-        link(&dir.join(part), &partial.join(part))?;
-    }
-    link(&folder(&lab.dirs, FIRST_UP), &partial.join("snapshots").join(FIRST_UP))?;
-    let record = read(lab, FIRST_UP)?;
-    for layer in layers::below(&lab.dirs, record.nodes.values().flat_map(|node| &node.layers))? {
-        if let Some(from) = layer.parent()
-            && let Some(name) = from.file_name()
-        {
-            link(from, &partial.join("layers").join(name))?;
-        }
-    }
+    link_whole(lab, FIRST_UP, &partial)?;
     json_file::write(&partial.join("key.json"), &key(lab)?)?;
     forget(lab)?;
     fs::rename(&partial, &target).map_err(io("make", &target))?;
@@ -100,17 +78,8 @@ pub fn keep(lab: &Lab, task: &Task) -> Result<bool, Error> {
 pub fn forget(lab: &Lab) -> Result<(), Error> {
     let kept = kept(lab);
     // Without a key it is nothing.
-    match fs::remove_file(kept.join("key.json")) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &kept)(error)),
-        _ => clear(&kept),
-    }
-}
-
-fn clear(folder: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", folder)(error)),
-        _ => Ok(()),
-    }
+    clear(&kept.join("key.json"))?;
+    clear(&kept)
 }
 
 /// All that the lab depends on, as things are now.
@@ -131,7 +100,7 @@ fn key(lab: &Lab) -> Result<Key, Error> {
 }
 
 fn digest(text: &str) -> String {
-    Sha256::digest(text).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(text)[..16])
 }
 
 /// What differs first, in words.
@@ -143,21 +112,6 @@ fn difference(then: &Key, now: &Key) -> Option<String> {
         .map(|(name, _)| format!("{name} has changed"))
         .or_else(|| added.map(|name| format!("{name} is new")))
         .or_else(|| removed.map(|name| format!("{name} is gone")))
-}
-
-/// Gives all files below `from` a second name below `to`; those that are there already stay.
-pub(super) fn link(from: &Path, to: &Path) -> Result<(), Error> {
-    crate::paths::private_dir(to)?;
-    for entry in fs::read_dir(from).map_err(io("read", from))? {
-        let entry = entry.map_err(io("read", from))?;
-        let target = to.join(entry.file_name());
-        if entry.file_type().map_err(io("look at", &entry.path()))?.is_dir() {
-            link(&entry.path(), &target)?;
-        } else if !target.exists() {
-            fs::hard_link(entry.path(), &target).map_err(io("link", &target))?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -178,18 +132,5 @@ mod tests {
         ] {
             assert_eq!(difference(&then, &now).as_deref(), Some(says));
         }
-    }
-
-    #[test]
-    fn trees_are_linked_and_complete_themselves() {
-        let dir = tempfile::tempdir().unwrap();
-        let (from, to) = (dir.path().join("from"), dir.path().join("to"));
-        fs::create_dir_all(from.join("a/b")).unwrap();
-        fs::write(from.join("a/b/file"), "1").unwrap();
-        fs::write(from.join("top"), "2").unwrap();
-        link(&from.join("a"), &to.join("a")).unwrap();
-        link(&from, &to).unwrap();
-        assert_eq!(fs::read_to_string(to.join("a/b/file")).unwrap(), "1");
-        assert_eq!(std::os::unix::fs::MetadataExt::nlink(&fs::metadata(to.join("top")).unwrap()), 2);
     }
 }

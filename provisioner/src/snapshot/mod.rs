@@ -30,7 +30,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    actions, channel, control, json_file,
+    actions, channel, control, files, json_file,
     lab::Lab,
     machine,
     paths::LabPaths,
@@ -288,10 +288,7 @@ pub fn remove(lab: &Lab, name: &str) -> Result<(), Error> {
 /// Gives a snapshot another name, in the place of the one that has it.
 fn rename(lab: &Lab, from: &str, to: &str) -> Result<(), Error> {
     let (from, to) = (folder(&lab.dirs, from), folder(&lab.dirs, to));
-    match fs::remove_dir_all(&to) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(io("remove", &to)(error)),
-        _ => {}
-    }
+    clear(&to)?;
     fs::rename(&from, &to).map_err(io("rename", &from))
 }
 
@@ -302,6 +299,32 @@ fn forget(lab: &Lab, name: &str) -> Result<(), Error> {
     let record = folder.join("snapshot.json");
     fs::remove_file(&record).map_err(io("remove", &record))?;
     fs::remove_dir_all(&folder).map_err(io("remove", &folder))
+}
+
+/// Removes a file or folder, if it is there.
+fn clear(path: &Path) -> Result<(), Error> {
+    files::remove(path).map_err(io("remove", path))
+}
+
+/// Gives all files below a folder a second name.
+fn link(from: &Path, to: &Path) -> Result<(), Error> {
+    files::link(from, to).map_err(io("link", from))
+}
+
+/// Gives all that snapshot `name` needs a second name below `to`, as it lies in the lab's folder.
+fn link_whole(lab: &Lab, name: &str, to: &Path) -> Result<Record, Error> {
+    let record = read(lab, name)?;
+    for part in ["images", "ssh", &format!("snapshots/{name}")] {
+        link(&lab.dirs.dir.join(part), &to.join(part))?;
+    }
+    for layer in layers::below(&lab.dirs, record.nodes.values().flat_map(|node| &node.layers))? {
+        if let Some(from) = layer.parent()
+            && let Some(id) = from.file_name()
+        {
+            link(from, &to.join("layers").join(id))?;
+        }
+    }
+    Ok(record)
 }
 
 /// Space that a file takes, in bytes.

@@ -6,7 +6,8 @@ use std::{fs, path::Path};
 use lab_vmm::control as vmm;
 
 use super::{
-    Error, FIRST_UP, FORMAT, KEYS, Record, SUSPENDED, SavedNode, check_name, clock, each, folder, io, layers,
+    Error, FIRST_UP, FORMAT, KEYS, Record, SUSPENDED, SavedNode, check_name, clear, clock, each, folder, io,
+    layers,
 };
 use crate::{
     actions, control, json_file,
@@ -42,12 +43,7 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
     // Left by one that was interrupted.
     let partial = folder(&lab.dirs, &format!(".{name}.part"));
     for left in [&partial, &target] {
-        match fs::remove_dir_all(left) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(io("remove", left)(error));
-            }
-            _ => {}
-        }
+        clear(left)?;
     }
     let ask = |node: &str, action| {
         control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), action).map_err(Error::from)
@@ -67,7 +63,7 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
         Ok(record) => record,
         Err(error) => {
             // Room for what has to go on. What can't be removed goes with the next try.
-            drop(fs::remove_dir_all(&partial));
+            drop(clear(&partial));
             drop(layers::prune(lab));
             drop(each(&running, |node| clock::catch_up(lab, node)));
             return Err(error);

@@ -15,7 +15,7 @@ use super::{
     sparse,
     table::{Entry, FOLDER, FORMAT, LABFILE, Table},
 };
-use crate::{lab::Lab, labfile, lockfile};
+use crate::{files::hex, lab::Lab, labfile, lockfile};
 
 /// Files up to this length are told apart by their digests.
 const SMALL: u64 = 1 << 20;
@@ -167,9 +167,4 @@ fn below(folder: &Path, file: &Path) -> Result<String, Error> {
         name: file.display().to_string(),
         what: format!("it does not lie below {}", folder.display()),
     })
-}
-
-/// Bytes as hexadecimal digits.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -2,7 +2,7 @@
 //! of it is on the disk: an import that was cut off goes on from there.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
@@ -12,11 +12,15 @@ use serde::{Deserialize, Serialize};
 use super::{
     Error,
     format::{CHUNK, Mark, Reader},
-    gather::hex,
     mib, sparse,
     table::FOLDER,
 };
-use crate::{json_file, paths::private_dir, progress::Task};
+use crate::{
+    files::{self, hex},
+    json_file,
+    paths::private_dir,
+    progress::Task,
+};
 
 /// How many bytes are unpacked between two entries of the journal.
 const STEP: u64 = 64 << 20;
@@ -166,13 +170,5 @@ impl Place {
 
 /// Removes a file or folder, if it is there.
 pub fn clear(path: &Path) -> Result<(), Error> {
-    let removed = match path.symlink_metadata() {
-        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path, error)),
-        _ => Ok(()),
-    }
+    files::remove(path).map_err(|source| Error::write(path, source))
 }
