@@ -38,22 +38,22 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
         for node in record.nodes.keys() {
             drop(machine::power_off(lab, node, true, task));
         }
+        finish(lab)?;
         if name == SUSPENDED {
             super::rename(lab, SUSPENDED, NOT_RESUMED)?;
         }
-        finish(lab)?;
         return Err(Error::NotRestored {
             name: if name == SUSPENDED { NOT_RESUMED } else { name }.into(),
             source: Box::new(error),
         });
     }
     let running = loaded?;
-    if super::is_suspended(lab) {
-        // It has gone on, or was given up.
-        super::forget(lab, SUSPENDED)?;
-    }
     each(&running, |node| clock::will_miss(lab, node))?;
     finish(lab)?;
+    if super::is_suspended(lab) {
+        // It has gone on, or was given up. Not before the end of what may have to be done again from it.
+        super::forget(lab, SUSPENDED)?;
+    }
     task.detail("resume");
     each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
     each(&running, |node| clock::catch_up(lab, node))?;
