@@ -41,6 +41,7 @@ impl Bench {
         config.console = Default::default();
         config.control = Some(at("ctl"));
         config.lock = None;
+        (config.restore, config.paused, config.prefetch) = (None, false, true);
         let vsock = config.vsock.as_mut().unwrap();
         vsock.socket = at("vsock");
         vsock.notify_port = None;

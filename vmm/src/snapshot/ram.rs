@@ -1,14 +1,19 @@
 //! Guest memory as a snapshot has it: a sparse file, one range of RAM behind the other, with a checksum for each piece of
-//! 2 MiB. Pages of zeroes are holes.
+//! 2 MiB. Where there are more than a few pages of zeroes, the file has a hole.
 
 use std::{
     fs::File,
+    hash::Hasher,
     io,
+    num::NonZero,
     os::{fd::AsRawFd, unix::fs::FileExt},
     slice,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
 };
 
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash64;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::{layout::MIB, memory};
@@ -16,14 +21,18 @@ use crate::{layout::MIB, memory};
 /// Unit in bytes of what is checked, and mapped from a file or not.
 const PIECE: usize = 2 << 20;
 const PAGE: usize = 4096;
+/// Bytes of zeroes that are written all the same, where two writes would take longer than one.
+const GAP_MAX: usize = 4 * PAGE;
+/// Threads that read or write memory side by side: more are not faster than the disk.
+const WORKERS_MAX: usize = 4;
 /// Bytes of an entry of `/proc/self/pagemap`.
 const PAGEMAP_ENTRY: usize = 8;
 /// Bits of an entry: the page is in memory, or in swap (Linux, admin-guide/mm/pagemap.rst).
 const PAGEMAP_THERE: u64 = 1 << 63 | 1 << 62;
 
-/// Index of each piece that is not all zeroes, and CRC-32 of its pages that are not, each behind its number.
+/// Index of each piece that is not all zeroes, and XXH64 of its pages that are not, each behind its number.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sums(Vec<(u32, u32)>);
+pub struct Sums(Vec<(u32, u64)>);
 
 impl Sums {
     /// Pieces that are not all zeroes.
@@ -83,32 +92,9 @@ impl GuestRam {
     pub fn save(&self, file: &File) -> io::Result<Sums> {
         let pagemap = File::open("/proc/self/pagemap")?;
         file.set_len(length(&self.memory))?;
-        let mut sums = Vec::new();
-        for (index, (piece, mapped)) in pieces(&self.memory).zip(&self.mapped).enumerate() {
-            let there = if *mapped { vec![true; piece.1 / PAGE] } else { touched(&pagemap, piece)? };
-            if !there.contains(&true) {
-                continue;
-            }
-            // SAFETY: the piece is mapped as long as `self.memory` is; no CPU and no device changes it now, as the
-            // contract of this function says.
-            let data = unsafe { slice::from_raw_parts(piece.0, piece.1) };
-            let mut sum = Sum::default();
-            let mut run = 0..0;
-            for (number, (page, there)) in data.chunks(PAGE).zip(there).enumerate() {
-                if !there || !sum.add(number, page) {
-                    continue;
-                }
-                let at = number * PAGE;
-                if run.end != at {
-                    write(file, index, data, run)?;
-                    run = at..at;
-                }
-                run.end = at + PAGE;
-            }
-            write(file, index, data, run)?;
-            sums.extend(sum.finish().map(|sum| (index as u32, sum)));
-        }
-        Ok(Sums(sums))
+        let mapped = |index| self.mapped.get(index) == Some(&true);
+        let sums = self.each_piece(|index, piece| save_piece(file, &pagemap, index, piece, mapped(index)))?;
+        Ok(Sums(sums.into_iter().filter_map(|(index, sum)| Some((index as u32, sum?))).collect()))
     }
 
     /// Take what [`save`](Self::save) wrote; all of it is read once, to be checked. It is mapped privately, and shared
@@ -120,34 +106,110 @@ impl GuestRam {
         if found != expected {
             return Err(LoadError::Length { found, expected });
         }
-        let mut buffer = vec![0; PIECE];
-        for (index, piece) in pieces(&ram.memory).enumerate() {
+        let loaded = ram.each_piece(|index, piece| {
             let Ok(known) = sums.0.binary_search_by_key(&(index as u32), |(piece, _)| *piece) else {
-                continue;
+                return Ok(false);
             };
-            let data = if prefetch {
-                // SAFETY: the piece is mapped as long as `ram.memory` is, and nobody else uses it yet.
-                unsafe { slice::from_raw_parts_mut(piece.0, piece.1) }
-            } else {
-                map(piece, file, index)?;
-                if let Some(mapped) = ram.mapped.get_mut(index) {
-                    *mapped = true;
-                }
-                // Read, not touched: a page fault for each page would take longer.
-                buffer.get_mut(..piece.1).unwrap_or_default()
-            };
-            file.read_exact_at(data, (index * PIECE) as u64)?;
-            let mut sum = Sum::default();
-            data.chunks(PAGE).enumerate().for_each(|(number, page)| {
-                sum.add(number, page);
-            });
-            let from = index * PIECE / MIB as usize;
-            if sum.finish() != sums.0.get(known).map(|(_, sum)| *sum) {
+            let sum = load_piece(file, index, piece, prefetch)?;
+            if sum != sums.0.get(known).map(|(_, sum)| *sum) {
+                let from = index * PIECE / MIB as usize;
                 return Err(LoadError::Damaged { from, to: from + piece.1 / MIB as usize });
             }
+            Ok(true)
+        })?;
+        if !prefetch {
+            ram.mapped = loaded.into_iter().map(|(_, there)| there).collect();
         }
         Ok(ram)
     }
+
+    /// Does something with every piece, several at once; gives the results in the order of the pieces. Of failures, that
+    /// of the first piece counts.
+    fn each_piece<T: Send, E: Send>(
+        &self,
+        work: impl Fn(usize, Piece) -> Result<T, E> + Sync,
+    ) -> Result<Vec<(usize, T)>, E> {
+        let next = AtomicUsize::new(0);
+        let worker = || {
+            let (mut done, mut passed) = (Vec::new(), 0);
+            let mut all = pieces(&self.memory).enumerate();
+            while let Some((index, piece)) = all.nth(next.fetch_add(1, Ordering::Relaxed) - passed) {
+                passed = index + 1;
+                done.push((index, work(index, piece)));
+            }
+            done
+        };
+        let others = thread::available_parallelism().map_or(1, NonZero::get).min(WORKERS_MAX) - 1;
+        let mut done = thread::scope(|scope| {
+            // Without a thread for it, this one does it all.
+            let spawn = |number| {
+                thread::Builder::new().name(format!("memory{number}")).spawn_scoped(scope, worker).ok()
+            };
+            let others: Vec<_> = (0..others).filter_map(spawn).collect();
+            let mut done = worker();
+            for other in others {
+                match other.join() {
+                    Ok(more) => done.extend(more),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            done
+        });
+        done.sort_unstable_by_key(|(index, _)| *index);
+        done.into_iter().map(|(index, result)| Ok((index, result?))).collect()
+    }
+}
+
+/// Writes what has been touched of a piece that nobody changes now, and is not zero; its checksum, if there is any.
+fn save_piece(
+    file: &File,
+    pagemap: &File,
+    index: usize,
+    piece: Piece,
+    mapped: bool,
+) -> io::Result<Option<u64>> {
+    let there = if mapped { vec![true; piece.1 / PAGE] } else { touched(pagemap, piece)? };
+    if !there.contains(&true) {
+        return Ok(None);
+    }
+    // SAFETY: the piece is mapped as long as its memory is, which the caller has; no CPU and no device changes it now, as
+    // the contract of this function says.
+    let data = unsafe { slice::from_raw_parts(piece.0, piece.1) };
+    let mut sum = Sum::default();
+    let mut run = 0..0;
+    for (number, (page, there)) in data.chunks(PAGE).zip(there).enumerate() {
+        if !there || !sum.add(number, page) {
+            continue;
+        }
+        let at = number * PAGE;
+        if run.is_empty() || run.end + GAP_MAX < at {
+            write(file, index, data, run)?;
+            run = at..at;
+        }
+        run.end = at + PAGE;
+    }
+    write(file, index, data, run)?;
+    Ok(sum.finish())
+}
+
+/// Reads or maps a piece that nobody uses yet; the checksum of what is there now.
+fn load_piece(file: &File, index: usize, piece: Piece, prefetch: bool) -> io::Result<Option<u64>> {
+    let mut buffer = Vec::new();
+    let data = if prefetch {
+        // SAFETY: the piece is mapped as long as its memory is, which the caller has, and nobody else uses it yet.
+        unsafe { slice::from_raw_parts_mut(piece.0, piece.1) }
+    } else {
+        map(piece, file, index)?;
+        // Read, not touched: a page fault for each page would take longer.
+        buffer.resize(piece.1, 0);
+        &mut buffer
+    };
+    file.read_exact_at(data, (index * PIECE) as u64)?;
+    let mut sum = Sum::default();
+    data.chunks(PAGE).enumerate().for_each(|(number, page)| {
+        sum.add(number, page);
+    });
+    Ok(sum.finish())
 }
 
 /// Map piece `index` of a file in the place of the piece.
@@ -197,7 +259,7 @@ fn write(file: &File, index: usize, data: &[u8], run: std::ops::Range<usize>) ->
 /// The checksum of a piece in the making.
 #[derive(Default)]
 struct Sum {
-    crc: crc32fast::Hasher,
+    hash: XxHash64,
     any: bool,
 }
 
@@ -207,15 +269,15 @@ impl Sum {
         // Compares with itself, shifted: as fast as memory is.
         let zero = page.first() == Some(&0) && page.get(1..) == page.get(..page.len() - 1);
         if !zero {
-            self.crc.update(&(number as u32).to_le_bytes());
-            self.crc.update(page);
+            self.hash.write(&(number as u32).to_le_bytes());
+            self.hash.write(page);
             self.any = true;
         }
         !zero
     }
 
-    fn finish(self) -> Option<u32> {
-        self.any.then(|| self.crc.finalize())
+    fn finish(self) -> Option<u64> {
+        self.any.then(|| self.hash.finish())
     }
 }
 
