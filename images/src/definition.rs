@@ -81,6 +81,9 @@ pub struct Definition {
     pub size_mib: u64,
     /// How nodes are reached by SSH.
     pub ssh: SshTransport,
+    /// AF_VSOCK port on which nodes take the time ([`Manifest::clock_port`](crate::manifest::Manifest::clock_port)).
+    #[serde(default)]
+    pub clock_port: Option<u32>,
     /// Kernel command line.
     pub cmdline: String,
     /// Paths in packages that are left out (dpkg's `path-exclude`).

@@ -35,6 +35,10 @@ pub struct Manifest {
     pub created_unix_s: u64,
     /// How nodes are reached by SSH.
     pub ssh: SshTransport,
+    /// AF_VSOCK port on which a node that stood still is told the time: it writes a line when it is ready to read,
+    /// reads seconds since 1970 with a fraction, steps its clock forward, and writes another. Without, SSH is used.
+    #[serde(default)]
+    pub clock_port: Option<u32>,
     /// Whether nodes get their identity from a cloud-init seed disk rather than from the second initrd.
     #[serde(default)]
     pub cloud_init: bool,

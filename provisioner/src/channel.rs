@@ -11,12 +11,14 @@ use std::{
 
 use lab_images::manifest::SshTransport;
 
-use crate::{child, control, json_file, paths::LabPaths};
+use crate::{child, clock, control, json_file, paths::LabPaths};
 
 /// Port of the SSH server in every node.
 const SSH_PORT: u16 = 22;
 /// How long a machine may take until it can be asked how it is, after a reset.
 const RESET_LIMIT: Duration = Duration::from_secs(60);
+/// How long a node that boots may take to run a command, before it is asked anew.
+const ANSWER_LIMIT: Duration = Duration::from_secs(90);
 /// How far the clocks of two processes may be apart.
 const CLOCK: Duration = Duration::from_secs(2);
 /// How long an idle connection to a node is kept for the next command.
@@ -182,7 +184,7 @@ impl Channel {
             .map_err(|source| Error::Tool { tool: "ssh", source })
     }
 
-    /// Waits until the node runs commands. `transport` is how its image is reached, `pause` the time between two tries.
+    /// Waits until the node runs commands, the first of which sets its clock. `transport` is how its image is reached, `pause` the time between two tries.
     pub fn wait_ready(
         &self,
         transport: SshTransport,
@@ -200,7 +202,9 @@ impl Channel {
                     .map(drop)
                     .map_err(|error| error.to_string()),
             };
-            match open.and_then(|()| self.answers(end.saturating_duration_since(Instant::now()))) {
+            match open.and_then(|()| {
+                clock::step_by_ssh(self, end.saturating_duration_since(Instant::now()).min(ANSWER_LIMIT))
+            }) {
                 Ok(()) => return Ok(()),
                 Err(reason) => last = reason,
             }
@@ -266,15 +270,22 @@ impl Channel {
         }
     }
 
-    /// Whether a command runs.
-    fn answers(&self, limit: Duration) -> Result<(), String> {
-        let command = self.ssh_to("true");
-        let limit = limit.min(Duration::from_secs(90)).max(Duration::from_secs(1));
-        match child::run(command, b"", None, limit, &mut |_| ()) {
-            Ok(outcome) if outcome.success() => Ok(()),
-            Ok(outcome) => Err(format!("ssh: {} {}", outcome.describe(limit), outcome.tail.join("; "))),
-            Err(error) => Err(format!("ssh: {error}")),
+    /// Asks the node's vsock device for one of the guest's ports.
+    pub fn connect_vsock(&self, port: u32) -> io::Result<UnixStream> {
+        let mut stream = UnixStream::connect(self.paths.node_socket(&self.node, "vsock"))?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        while answer.len() < 32 && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+            answer.push(byte[0]);
         }
+        if !answer.starts_with(b"OK ") {
+            let reason = format!("nobody listens on port {port} yet");
+            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, reason));
+        }
+        stream.set_read_timeout(None)?;
+        Ok(stream)
     }
 
     /// Ends the connection that is kept for the next command.
@@ -291,8 +302,9 @@ impl Channel {
     pub fn proxy(&self, transport: SshTransport, ip: Ipv4Addr) -> Result<(), Error> {
         let unreachable = |reason: String| Error::Unreachable { node: self.node.clone(), reason };
         let stream = match transport {
-            SshTransport::Vsock => connect_vsock(&self.paths.node_socket(&self.node, "vsock"))
-                .map_err(|error| unreachable(format!("vsock: {error}")))?,
+            SshTransport::Vsock => {
+                self.connect_vsock(SSH_PORT.into()).map_err(|error| unreachable(format!("vsock: {error}")))?
+            }
             SshTransport::Tcp => control::dial(&self.paths.net_control(), ip, SSH_PORT)
                 .map_err(|error| unreachable(error.to_string()))?,
         };
@@ -303,23 +315,6 @@ impl Channel {
 /// The file with a node's host key, which lab gave it: the only one that is trusted.
 pub fn known_hosts(paths: &LabPaths, node: &str) -> PathBuf {
     paths.node(node).join("known_hosts")
-}
-
-/// Asks a vsock device's socket for the guest's SSH port.
-fn connect_vsock(socket: &Path) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    stream.write_all(format!("CONNECT {SSH_PORT}\n").as_bytes())?;
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while answer.len() < 32 && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        answer.push(byte[0]);
-    }
-    if !answer.starts_with(b"OK ") {
-        return Err(io::Error::new(io::ErrorKind::ConnectionRefused, "nobody listens on port 22 yet"));
-    }
-    stream.set_read_timeout(None)?;
-    Ok(stream)
 }
 
 fn splice(stream: &UnixStream) -> io::Result<()> {

@@ -12,6 +12,7 @@ pub mod capacity;
 pub mod channel;
 pub mod child;
 pub mod cli;
+pub mod clock;
 pub mod commands;
 pub mod control;
 pub mod files;

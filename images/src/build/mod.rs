@@ -111,6 +111,7 @@ pub(crate) fn build(
         definition: definition.digest.clone(),
         created_unix_s: now_unix_s(),
         ssh: definition.ssh,
+        clock_port: definition.clock_port,
         cloud_init: false,
         cmdline: definition.cmdline.clone(),
         root_file: ROOT.into(),

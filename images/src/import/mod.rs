@@ -122,6 +122,7 @@ pub(crate) fn import(
         definition,
         created_unix_s: build::now_unix_s(),
         ssh: if found.ssh_over_vsock { SshTransport::Vsock } else { SshTransport::Tcp },
+        clock_port: None,
         cloud_init: true,
         cmdline: format!("root={} ro console=hvc0 quiet", found.root),
         root_file: root_file.into(),

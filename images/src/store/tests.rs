@@ -23,6 +23,7 @@ fn made(store: &Store, name: &str, content: &str) -> (tempfile::TempDir, Manifes
         definition: content.into(),
         created_unix_s: 0,
         ssh: SshTransport::Tcp,
+        clock_port: None,
         cloud_init: false,
         cmdline: String::new(),
         root_file: "root.img".into(),
