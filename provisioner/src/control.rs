@@ -13,6 +13,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 /// How long a process may take for an answer, except to `Dial`.
 const ANSWER_LIMIT: Duration = Duration::from_secs(20);
+/// Bytes of an answer that are read at once.
+const BUFFER: usize = 4096;
 
 /// Why a request got no good answer.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +48,7 @@ pub fn ask_vmm(socket: &Path, action: vmm::Action) -> Result<vmm::Reply, Error> 
 /// Asks a `lab-vmm` for what may take as long as `limit`.
 pub fn ask_vmm_slow(socket: &Path, action: vmm::Action, limit: Duration) -> Result<vmm::Reply, Error> {
     let request = vmm::Request { v: vmm::VERSION, action };
-    match exchange(socket, &request, limit)?.1 {
+    match exchange(socket, &request, limit, BUFFER)?.1 {
         vmm::Reply::Error(sentence) => Err(Error::Refused(sentence)),
         reply => Ok(reply),
     }
@@ -63,7 +65,7 @@ pub fn vmm_status(socket: &Path) -> Result<vmm::Status, Error> {
 /// Asks a `lab-net`.
 pub fn ask_net(socket: &Path, action: net::Action) -> Result<net::Reply, Error> {
     let request = net::Request { v: net::VERSION, action };
-    match exchange(socket, &request, ANSWER_LIMIT)?.1 {
+    match exchange(socket, &request, ANSWER_LIMIT, BUFFER)?.1 {
         net::Reply::Error(sentence) => Err(Error::Refused(sentence)),
         reply => Ok(reply),
     }
@@ -80,7 +82,8 @@ pub fn net_status(socket: &Path) -> Result<net::Status, Error> {
 /// A TCP connection from the gateway of a lab to one of its addresses.
 pub fn dial(socket: &Path, ip: std::net::Ipv4Addr, port: u16) -> Result<UnixStream, Error> {
     let request = net::Request { v: net::VERSION, action: net::Action::Dial { ip, port } };
-    let (stream, reply) = exchange(socket, &request, ANSWER_LIMIT)?;
+    // One byte at a time: the stream goes on with data, of which nothing must be caught in a buffer.
+    let (stream, reply) = exchange(socket, &request, ANSWER_LIMIT, 1)?;
     match reply {
         net::Reply::Done => {
             stream.set_read_timeout(None).map_err(|source| Error::Io { socket: socket.into(), source })?;
@@ -95,6 +98,7 @@ fn exchange<Q: Serialize, A: DeserializeOwned>(
     socket: &Path,
     request: &Q,
     limit: Duration,
+    buffer: usize,
 ) -> Result<(UnixStream, A), Error> {
     let failed = |source| Error::Io { socket: socket.into(), source };
     let mut stream = UnixStream::connect(socket).map_err(failed)?;
@@ -102,10 +106,8 @@ fn exchange<Q: Serialize, A: DeserializeOwned>(
     let mut line = serde_json::to_vec(request).map_err(|e| failed(e.into()))?;
     line.push(b'\n');
     stream.write_all(&line).map_err(failed)?;
-    // One byte at a time past the newline would be another's: after `Dial` the stream goes on with data, which must
-    // not be caught in a buffer, so the buffer holds one byte.
     let mut answer = Vec::new();
-    BufReader::with_capacity(1, &stream).read_until(b'\n', &mut answer).map_err(failed)?;
+    BufReader::with_capacity(buffer, &stream).read_until(b'\n', &mut answer).map_err(failed)?;
     if answer.is_empty() {
         return Err(failed(io::ErrorKind::UnexpectedEof.into()));
     }
