@@ -132,6 +132,9 @@ pub enum Command {
     Check {
         /// Only the check of this name
         name: Option<String>,
+        /// Print the results as JUnit XML, which CI systems read
+        #[arg(long)]
+        junit: bool,
     },
     /// Power nodes off; without names, the whole lab
     #[command(alias = "down")]

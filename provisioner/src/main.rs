@@ -60,7 +60,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Logs { node, vmm, follow } => commands::logs::run(context, &node, vmm, follow),
         Command::Console { node } => commands::console::run(context, node.as_deref()),
         Command::Provision { nodes, step } => commands::provision::run(context, &nodes, step.as_deref()),
-        Command::Check { name } => commands::check::run(context, name.as_deref()),
+        Command::Check { name, junit } => commands::check::run(context, name.as_deref(), junit),
         Command::Halt { nodes, force } => commands::halt::halt(context, &nodes, force),
         Command::Restart { nodes, force } => commands::halt::restart(context, &nodes, force),
         Command::Destroy { all_forks: true, .. } => commands::destroy::all_forks(context),

@@ -126,6 +126,10 @@ fn a_lab_s_life() {
     let results: serde_json::Value = serde_json::from_slice(&results.stdout).unwrap();
     let failed: Vec<_> = results.as_array().unwrap().iter().filter(|r| r["passed"] == false).collect();
     assert!(failed.len() == 1 && failed[0]["node"] == "worker1" && failed[0]["hint"] == "start httpd");
+    let junit = lab_tests::output(lab.command(&["check", "--junit"]), b"");
+    let said = String::from_utf8_lossy(&junit.stdout);
+    assert!(junit.status.code() == Some(1) && said.contains(r#"failures="1""#), "{said}");
+    assert!(said.contains(r#"classname="life.worker1""#) && said.contains("start httpd"), "{said}");
 
     // A step that changed runs again, and only that one.
     lab.rewrite(
