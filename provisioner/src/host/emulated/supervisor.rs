@@ -26,9 +26,10 @@ use crate::{json_file, lock, paths::Paths, say::say};
 pub const START_LIMIT: Duration = Duration::from_secs(180);
 /// Name of virtiofsd's listening socket among its file descriptors.
 const VIRTIOFS_TAG: &str = "lab";
-/// What the kernel is told. The emulated processor has nothing to mitigate, and waits for RCU are dear on it.
+/// What the kernel is told. The emulated processor has nothing to mitigate, and waits for RCU are dear on it; so are
+/// repeated string instructions, by which a processor that has `rep_good` clears and copies pages.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=1 tsc=reliable panic=-1 mitigations=off nokaslr nowatchdog audit=0 \
-    lsm=capability rcupdate.rcu_expedited=1 random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests";
+    lsm=capability rcupdate.rcu_expedited=1 random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests clearcpuid=rep_good";
 
 /// What the supervisor has to start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
