@@ -96,6 +96,13 @@ fn forks_are_the_same_and_apart() {
 
     what_they_take_is_told(&lab);
 
+    // One that was made but not told the time before its maker was killed is told by the next.
+    ask(&lab, 1, "a", "date -s @1000000000");
+    lab_tests::on_host("cd ${XDG_RUNTIME_DIR:-/run}/lab/forked-1-*/ && touch a.behind");
+    lab.run(&["fork", "base", "--count", "3"]);
+    let since = ask(&lab, 1, "a", "echo $(($(date +%s) - 1000000000))");
+    assert!(since.parse::<u64>().unwrap() > 500_000_000, "{since} s");
+
     somebody_else_gets_in(&lab);
 
     // Each is a lab of its own, with what its nodes wrote.

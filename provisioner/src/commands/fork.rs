@@ -9,6 +9,7 @@ use super::{Context, Error, exit, ssh};
 use crate::{
     capacity, child, fork,
     lab::Lab,
+    labfile::topology::Topology,
     progress::Progress,
     snapshot,
     state::{self, LabState},
@@ -23,8 +24,7 @@ pub fn run(context: &Context, name: &str, count: u32) -> Result<ExitCode, Error>
     let topology = snapshot::state(&lab, name)?.topology;
     let mut missing = Vec::new();
     for number in 1..=count {
-        let dirs = context.paths.lab(&fork::name(&topology.name, number));
-        if !dirs.state().exists() || snapshot::is_unfinished(&dirs)?.is_some() {
+        if snapshot::is_missing(&copy_of(context, &topology, number)?)? {
             missing.push(number);
         }
     }
@@ -47,11 +47,17 @@ pub fn run(context: &Context, name: &str, count: u32) -> Result<ExitCode, Error>
     Ok(ExitCode::SUCCESS)
 }
 
-fn make(context: &Context, lab: &Lab, name: &str, number: u32) -> Result<(), Error> {
-    let mut topology = snapshot::state(lab, name)?.topology;
+/// The fork of this number, as far as it is there.
+fn copy_of(context: &Context, topology: &Topology, number: u32) -> Result<Lab, Error> {
+    let mut topology = topology.clone();
     fork::adapt(&mut topology, number);
     let mut copy = Lab::new(&context.paths, topology, context.progress.clone())?;
     copy.fork = Some(number);
+    Ok(copy)
+}
+
+fn make(context: &Context, lab: &Lab, name: &str, number: u32) -> Result<(), Error> {
+    let mut copy = copy_of(context, &snapshot::state(lab, name)?.topology, number)?;
     let _lock = copy.lock()?;
     capacity::check(&copy)?;
     let task = context.progress.begin(&copy.topology.name, &format!("fork snapshot {name}"));

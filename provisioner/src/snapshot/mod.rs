@@ -38,7 +38,7 @@ use crate::{
 };
 
 pub use clock::catch_up;
-pub use fork::fork;
+pub use fork::{fork, is_missing};
 pub use layers::prune;
 pub use restore::{is_unfinished, restore};
 pub use save::save;
