@@ -59,12 +59,11 @@ fn there_is_an_end_to_connections() {
     let mut open = 0;
     for port in 0..1100 {
         guest.send(port, 5000, operation::REQUEST, 0, b"");
-        let (answer, _) = guest.receive();
-        if answer.operation == operation::RESPONSE {
+        if guest.answer_for(port) == operation::RESPONSE {
             open += 1;
             // Gone at once, but the guest has not said its last word.
             drop(listener.accept().unwrap());
-            guest.expect(operation::SHUTDOWN);
+            assert_eq!(guest.answer_for(port), operation::SHUTDOWN);
         }
     }
     assert_eq!(open, 1100, "connections that are over make place");
@@ -78,8 +77,7 @@ fn there_is_an_end_to_connections() {
     let mut kept = Vec::new();
     for port in 2000..3100 {
         guest.send(port, 5000, operation::REQUEST, 0, b"");
-        let (answer, _) = guest.receive();
-        if answer.operation == operation::RESPONSE {
+        if guest.answer_for(port) == operation::RESPONSE {
             kept.push(listener.accept().unwrap());
         }
     }

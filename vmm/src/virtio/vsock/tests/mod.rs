@@ -92,6 +92,18 @@ impl Guest {
         (header, data)
     }
 
+    /// What the next packet for one of the guest's ports is. The end of another connection may be told twice: that the
+    /// far end sends no more, and then that it takes no more.
+    fn answer_for(&mut self, port: u32) -> u16 {
+        loop {
+            let (header, _) = self.receive();
+            if header.destination_port == port {
+                return header.operation;
+            }
+            assert_eq!({ header.operation }, operation::SHUTDOWN, "{header:?}");
+        }
+    }
+
     fn expect(&mut self, operation: u16) -> (Header, Vec<u8>) {
         let (header, data) = self.receive();
         assert_eq!({ header.operation }, operation, "{header:?} {}", String::from_utf8_lossy(&data));
