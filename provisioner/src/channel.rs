@@ -184,7 +184,8 @@ impl Channel {
             .map_err(|source| Error::Tool { tool: "ssh", source })
     }
 
-    /// Waits until the node runs commands, the first of which sets its clock. `transport` is how its image is reached, `pause` the time between two tries.
+    /// Waits until the node runs commands, the first of which sets its clock. `transport` is how its image is reached,
+    /// `pause` the time between two tries.
     pub fn wait_ready(
         &self,
         transport: SshTransport,

@@ -13,7 +13,7 @@ use crate::{
 /// Makes `copy`, fork `number` of `lab`, from snapshot `name`, and lets it run, or does what is missing of that.
 pub fn fork(lab: &Lab, name: &str, number: u32, copy: &mut Lab, task: &Task) -> Result<(), Error> {
     copy.came_up = true;
-    if copy.dirs.state().exists() && is_unfinished(&copy.dirs)?.is_none() {
+    if is_laid_out(copy)? {
         return go_on(copy, task);
     }
     task.detail("link");
@@ -28,8 +28,12 @@ pub fn fork(lab: &Lab, name: &str, number: u32, copy: &mut Lab, task: &Task) -> 
 
 /// Whether there is something to do for [`fork`]: it was never made, or what made it was interrupted.
 pub fn is_missing(copy: &Lab) -> Result<bool, Error> {
-    let there = copy.dirs.state().exists() && is_unfinished(&copy.dirs)?.is_none();
-    Ok(!there || behind(copy).next().is_some())
+    Ok(!is_laid_out(copy)? || behind(copy).next().is_some())
+}
+
+/// Whether its disks are there, and its machines were loaded.
+fn is_laid_out(copy: &Lab) -> Result<bool, Error> {
+    Ok(copy.dirs.state().exists() && is_unfinished(&copy.dirs)?.is_none())
 }
 
 /// Machines that run, or stand still, without having been told what time it is.

@@ -94,7 +94,8 @@ impl GuestRam {
         file.set_len(length(&self.memory))?;
         let mapped = |index| self.mapped.get(index) == Some(&true);
         let sums = self.each_piece(|index, piece| save_piece(file, &pagemap, index, piece, mapped(index)))?;
-        Ok(Sums(sums.into_iter().filter_map(|(index, sum)| Some((index as u32, sum?))).collect()))
+        let sums = sums.into_iter().enumerate();
+        Ok(Sums(sums.filter_map(|(index, sum)| Some((index as u32, sum?))).collect()))
     }
 
     /// Take what [`save`](Self::save) wrote; all of it is read once, to be checked. It is mapped privately, and shared
@@ -118,7 +119,7 @@ impl GuestRam {
             Ok(true)
         })?;
         if !prefetch {
-            ram.mapped = loaded.into_iter().map(|(_, there)| there).collect();
+            ram.mapped = loaded;
         }
         Ok(ram)
     }
@@ -128,7 +129,7 @@ impl GuestRam {
     fn each_piece<T: Send, E: Send>(
         &self,
         work: impl Fn(usize, Piece) -> Result<T, E> + Sync,
-    ) -> Result<Vec<(usize, T)>, E> {
+    ) -> Result<Vec<T>, E> {
         let next = AtomicUsize::new(0);
         let worker = || {
             let (mut done, mut passed) = (Vec::new(), 0);
@@ -156,7 +157,7 @@ impl GuestRam {
             done
         });
         done.sort_unstable_by_key(|(index, _)| *index);
-        done.into_iter().map(|(index, result)| Ok((index, result?))).collect()
+        done.into_iter().map(|(_, result)| result).collect()
     }
 }
 
