@@ -184,6 +184,42 @@ impl Channel {
             .map_err(|source| Error::Tool { tool: "ssh", source })
     }
 
+    /// Runs a shell command in the node with `input` on its standard input; what it writes is not kept.
+    pub fn feed(
+        &self,
+        what: &str,
+        input: impl Read + Send,
+        limit: Duration,
+    ) -> Result<child::Outcome, Error> {
+        child::run(self.ssh_to(what), input, None, limit, &mut |_| ())
+            .map_err(|source| Error::Tool { tool: "ssh", source })
+    }
+
+    /// What a shell command in the node writes to its standard output: of more than `most` bytes, one more than that.
+    /// `None` if it fails or has not ended within `limit`.
+    pub fn fetch(&self, what: &str, most: u64, limit: Duration) -> Result<Option<Vec<u8>>, Error> {
+        let failed = |source| Error::Tool { tool: "ssh", source };
+        let mut command = self.ssh_to(what);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut child = command.spawn().map_err(failed)?;
+        let output = child.stdout.take();
+        std::thread::scope(|scope| {
+            // A reader that has enough ends the command: its next write has nobody to go to.
+            let reader = scope.spawn(move || {
+                let mut bytes = Vec::new();
+                let read = output.map(|output| output.take(most + 1).read_to_end(&mut bytes));
+                read.transpose().map(|_| bytes)
+            });
+            let status = child::wait(&mut child, limit);
+            if !matches!(status, Ok(Some(_))) {
+                child.kill().and_then(|()| child.wait()).map_err(failed)?;
+            }
+            let bytes = reader.join().unwrap_or_else(|_| Ok(Vec::new())).map_err(failed)?;
+            let ended = status.map_err(failed)?.is_some_and(|status| status.success());
+            Ok((ended || bytes.len() as u64 > most).then_some(bytes))
+        })
+    }
+
     /// Waits until the node runs commands, the first of which sets its clock. `transport` is how its image is reached,
     /// `pause` the time between two tries.
     pub fn wait_ready(

@@ -47,7 +47,7 @@ impl Outcome {
 /// the file `log`. At `limit` it is killed.
 pub fn run(
     mut command: Command,
-    input: &[u8],
+    mut input: impl Read + Send,
     log: Option<&Path>,
     limit: Duration,
     line: &mut dyn FnMut(&str),
@@ -61,7 +61,7 @@ pub fn run(
     std::thread::scope(|scope| {
         if let Some(mut stdin) = child.stdin.take() {
             // A child that does not read its input has reasons of its own, told by its status.
-            scope.spawn(move || drop(stdin.write_all(input)));
+            scope.spawn(move || drop(io::copy(&mut input, &mut stdin)));
         }
         scope.spawn(move || {
             let mut reader = BufReader::new(reader);
@@ -160,7 +160,7 @@ mod tests {
         let mut seen = Vec::new();
         let outcome = run(
             shell("read x; echo got $x; echo bad >&2; exit 3"),
-            b"this\n",
+            b"this\n".as_slice(),
             Some(&log),
             Duration::from_secs(20),
             &mut |line| seen.push(line.to_string()),
@@ -175,7 +175,8 @@ mod tests {
     #[test]
     fn a_command_is_ended_at_its_limit() {
         let outcome =
-            run(shell("exec tail -f /dev/null"), b"", None, Duration::from_millis(100), &mut |_| ()).unwrap();
+            run(shell("exec tail -f /dev/null"), io::empty(), None, Duration::from_millis(100), &mut |_| ())
+                .unwrap();
         assert!(outcome.status.is_none());
         assert!(outcome.describe(Duration::from_secs(1)).contains("had not ended after 1 s"));
     }

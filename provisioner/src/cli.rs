@@ -187,6 +187,12 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         key: std::path::PathBuf,
     },
+    /// Add the lab's Kubernetes cluster to your kubeconfig, as the context `lab-NAME`
+    Kubeconfig {
+        /// Print it instead
+        #[arg(long)]
+        print: bool,
+    },
     /// Print a configuration for OpenSSH with all nodes
     SshConfig,
     /// Put the running lab away, to go on later where it was, even after a reboot of this machine

@@ -1,13 +1,14 @@
 //! The lab command: from a labfile to a running lab.
 //!
 //! - `labfile`: the file, its errors, and the topology it means; `stack`: definitions of stacks
-//! - `plan`, `actions`: what has to be done, as data, and what does it
+//! - `plan`, `actions`: what has to be done, as data, and what does it; `bundle`: files for stacks that download nothing
 //! - `host`: the machine that labs run on: this one, or an emulated one
 //! - `snapshot`: the running lab saved, restored, forked, exported; `lockfile`: what a lab was brought up from
 //! - `commands`: one verb a file; `cli`: their arguments
 //! - the rest is what those share: paths, locks, processes, the channel into nodes, progress
 
 pub mod actions;
+pub mod bundle;
 pub mod capacity;
 pub mod channel;
 pub mod child;
@@ -19,6 +20,7 @@ pub mod files;
 pub mod fork;
 pub mod host;
 pub mod json_file;
+pub mod kubeconfig;
 pub mod lab;
 pub mod labfile;
 pub mod layer;

@@ -90,6 +90,9 @@ struct Stack {
     source: String,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     options: BTreeMap<String, String>,
+    /// Digests of the bundle's files.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    bundle: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -175,7 +178,10 @@ fn inputs(lab: &Lab) -> Result<(Inputs, Vec<String>), actions::Error> {
         let definition = stack::StackDef { folder: None, ..stack::load(used)? };
         let text = serde_json::to_string(&definition).unwrap_or_default();
         let (source, options) = (used.source.clone(), used.options.clone());
-        inputs.stack.insert(used.name.clone(), Stack { digest: digest([text.as_str()]), source, options });
+        let bundle = actions::bundle_files(lab, used)?;
+        let bundle = bundle.into_iter().map(|file| (file.file_name(), file.sha256)).collect();
+        let stack = Stack { digest: digest([text.as_str()]), source, options, bundle };
+        inputs.stack.insert(used.name.clone(), stack);
     }
     let mut steps: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for item in actions::plan(lab)?.items {

@@ -68,6 +68,7 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Forward { action } => commands::forward::run(context, action),
         Command::Layer { action } => commands::layer::run(context, action),
         Command::Share { node, key } => commands::share::run(context, node.as_deref(), &key),
+        Command::Kubeconfig { print } => commands::kubeconfig::run(context, print),
         Command::SshConfig => commands::ssh::config(context),
         Command::Suspend => commands::snapshot::suspend(context),
         Command::Resume => commands::snapshot::resume(context),

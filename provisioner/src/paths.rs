@@ -11,6 +11,9 @@ const LONGEST_SOCKET_PATH: usize = 107;
 /// Longest file name that is put below a lab's runtime folder: a node's name (63), `.vsock_` and a port.
 const LONGEST_SOCKET_NAME: usize = 48;
 
+/// A lab's folder for what steps of stacks give each other.
+pub const SECRETS: &str = "secrets";
+
 /// Why a folder of lab's cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -111,9 +114,9 @@ impl LabPaths {
         if longest > LONGEST_SOCKET_PATH {
             return Err(Error::TooLong(self.sockets.clone()));
         }
-        for dir in [self.dir.as_path(), &self.dir.join("nodes"), &self.dir.join("net"), &self.dir.join("ssh")]
-        {
-            private_dir(dir)?;
+        private_dir(&self.dir)?;
+        for part in ["nodes", "net", "ssh", SECRETS] {
+            private_dir(&self.dir.join(part))?;
         }
         if let Some(parent) = self.sockets.parent() {
             private_dir(parent)?;
@@ -130,6 +133,11 @@ impl LabPaths {
     /// The private key that opens all nodes of the lab.
     pub fn identity(&self) -> PathBuf {
         self.dir.join("ssh").join("id_ed25519")
+    }
+
+    /// What steps of stacks give each other.
+    pub fn secrets(&self) -> PathBuf {
+        self.dir.join(SECRETS)
     }
 
     /// Held by the command that is changing the lab.
@@ -190,7 +198,7 @@ mod tests {
         let paths = Paths { home: base.path().join("home"), runtime: base.path().join("run") };
         let lab = paths.lab("demo");
         lab.create().unwrap();
-        for dir in [&lab.dir, &lab.sockets, &lab.net()] {
+        for dir in [&lab.dir, &lab.sockets, &lab.net(), &lab.secrets()] {
             assert_eq!(fs::metadata(dir).unwrap().mode() & 0o777, 0o700, "{}", dir.display());
         }
     }

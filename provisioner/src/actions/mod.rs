@@ -3,21 +3,25 @@
 mod boot;
 mod cloud_init;
 mod disk;
+mod hand_over;
 mod image;
 mod layer;
 mod network;
 mod ready;
 mod script;
+mod steps;
 
 use std::path::PathBuf;
 
 pub use boot::Boot;
 pub use disk::{Disk, file_name as disk_file, fresh as fresh_disk, random_id};
+pub use hand_over::kept as given_file;
 pub use image::Image;
 pub use layer::Layer;
 pub use network::Network;
 pub use ready::Ready;
-pub use script::{Script, environment};
+pub use script::Script;
+pub use steps::{bundle_files, environment, take_leave};
 
 use crate::{channel, control, json_file, lab::Lab, labfile::topology::Node, plan::Plan, progress::Task};
 
@@ -78,6 +82,21 @@ pub enum Error {
     /// The running network can't become what the labfile says.
     #[error("{0}: `lab halt`, then `lab up` applies it")]
     NeedsHalt(String),
+    /// A bundle.
+    #[error(transparent)]
+    Bundle(#[from] crate::bundle::Error),
+    /// A file did not get into or out of a node.
+    #[error("step `{step}`: its file {what} did not pass between this machine and the node: {reason}")]
+    HandOver {
+        /// The step.
+        step: String,
+        /// The file.
+        what: String,
+        /// Why.
+        reason: String,
+        /// Whether its node may have gone down meanwhile.
+        lost: bool,
+    },
     /// A script failed in a node.
     #[error(
         "step `{step}` failed: {reason}\n{tail}\n  its output is in {log}; after a change, `lab up` goes on from this step"
@@ -129,7 +148,7 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
                 index
             }
         };
-        let baked = script::baked(lab, node)?;
+        let baked = steps::baked(lab, node)?;
         let (mut below, mut prefix) = (image, vec![node.image.clone()]);
         for (index, step) in baked.iter().enumerate() {
             prefix.push(step.digest());
@@ -149,7 +168,7 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
         let boot = plan.add(name, Box::new(Boot { node: node.clone(), snapshot: None }), vec![network, disk]);
         ready.push(plan.add(name, Box::new(Ready { node: node.clone() }), vec![boot]));
     }
-    script::plan_scripts(lab, &mut plan, &ready)?;
+    steps::plan_scripts(lab, &mut plan, &ready)?;
     Ok(plan)
 }
 
@@ -157,7 +176,7 @@ pub fn plan(lab: &Lab) -> Result<Plan, Error> {
 fn users(lab: &Lab, prefix: &[String]) -> Result<Vec<Node>, Error> {
     let mut users = Vec::new();
     for node in &lab.topology.nodes {
-        let steps = script::baked(lab, node)?;
+        let steps = steps::baked(lab, node)?;
         let mut own = vec![node.image.clone()];
         own.extend(steps.iter().map(Script::digest));
         if own.starts_with(prefix) {

@@ -4,6 +4,7 @@ use std::{fs::File, process::ExitCode};
 
 use super::{Context, Error, share, ssh};
 use crate::{
+    actions,
     cli::{Cli, Command, ForwardAction, SnapshotAction},
     fork,
     host::{
@@ -39,6 +40,7 @@ fn need(command: &Command) -> Need {
         | Command::Doctor
         | Command::Schema
         | Command::Completions { .. }
+        | Command::Kubeconfig { .. }
         // Nothing but files, which are the same here, and work for all processors.
         | Command::Snapshot { action: SnapshotAction::Export { .. } | SnapshotAction::Import { .. } } => {
             Need::Nothing
@@ -88,6 +90,9 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
                 .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
         }
         wants.forwards = lab.forwards();
+        for used in &lab.topology.stacks {
+            actions::bundle_files(&lab, used)?;
+        }
         let locked = matches!(cli.command, Command::Up { locked: true, .. });
         if locked {
             lockfile::check(&lab)?;

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Context, Error, fork, halt};
-use crate::{files, lab::Lab, snapshot};
+use crate::{actions, files, kubeconfig, lab::Lab, snapshot};
 
 /// Asks whether these nodes, the lab, or all its forks are to be removed, where there is somebody to ask and something to
 /// remove.
@@ -43,6 +43,10 @@ pub fn run(context: &Context, nodes: &[String], forget: bool) -> Result<ExitCode
             snapshot::kept::forget(&lab)?;
         }
     } else {
+        // A lab whose stacks are no longer to be had can be taken apart, too.
+        if let Err(error) = actions::take_leave(&lab, nodes) {
+            lab.progress.warn(&format!("{} does not take its leave: {error}", nodes.join(", ")));
+        }
         halt::off(&lab, nodes, true)?;
         for name in nodes {
             remove(&lab.dirs.node(name))?;
@@ -56,7 +60,12 @@ pub fn run(context: &Context, nodes: &[String], forget: bool) -> Result<ExitCode
 fn whole(lab: &Lab) -> Result<(), Error> {
     halt::off(lab, &[], true)?;
     remove(&lab.dirs.sockets)?;
-    remove(&lab.dirs.dir)
+    remove(&lab.dirs.dir)?;
+    // It is the user's file: what is wrong with it is no reason to keep a lab.
+    if let Err(error) = kubeconfig::remove(&lab.topology.name) {
+        lab.progress.warn(&error.to_string());
+    }
+    Ok(())
 }
 
 /// Removes all forks of the lab.

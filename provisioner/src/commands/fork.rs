@@ -101,7 +101,7 @@ pub fn exec(context: &Context, node: &str, command: &[String]) -> Result<ExitCod
             }
             let limit = lab.limit(EXEC_LIMIT_S);
             let ssh = lab.channel(node).ssh_to(&words);
-            match child::run(ssh, b"", None, limit, &mut |line| say(line)) {
+            match child::run(ssh, std::io::empty(), None, limit, &mut |line| say(line)) {
                 Ok(outcome) if outcome.success() => true,
                 Ok(outcome) => {
                     plain.say(&format!("{name}: {}", outcome.describe(limit)));

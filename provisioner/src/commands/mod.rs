@@ -11,6 +11,7 @@ pub mod halt;
 pub mod host;
 pub mod image;
 pub mod init;
+pub mod kubeconfig;
 pub mod layer;
 pub mod logs;
 pub mod ls;
@@ -92,6 +93,9 @@ pub enum Error {
     /// The lab is not what was recorded.
     #[error(transparent)]
     Lockfile(#[from] crate::lockfile::Error),
+    /// The user's kubeconfig.
+    #[error(transparent)]
+    Kubeconfig(#[from] crate::kubeconfig::Error),
     /// An image.
     #[error(transparent)]
     Image(#[from] lab_images::store::Error),

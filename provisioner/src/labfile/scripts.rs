@@ -16,7 +16,8 @@ use super::{
 };
 
 /// What scripts find in their environment, except those of baked steps; longer names first.
-const OF_ONE_NODE: [&str; 9] = [
+const OF_ONE_NODE: [&str; 10] = [
+    "LAB_PATIENCE",
     "LAB_MASTER_IP",
     "LAB_MASTER",
     "LAB_GATEWAY",

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::{Error, FIRST_UP, clear, io, link, link_whole, save};
-use crate::{actions, files::hex, json_file, lab::Lab, progress::Task};
+use crate::{actions, files::hex, json_file, lab::Lab, paths::SECRETS, progress::Task};
 
 /// Room on the disk that must be left when the memory of all nodes has been written, in bytes.
 const SPARE: u64 = 1 << 30;
@@ -40,7 +40,7 @@ pub fn bring_back(lab: &Lab) -> Result<Found, Error> {
     if let Some(what) = difference(&then, &now) {
         return Ok(Found::Differs(what));
     }
-    for part in ["images", "layers", "ssh", "snapshots"] {
+    for part in ["images", "layers", "ssh", SECRETS, "snapshots"] {
         link(&kept.join(part), &lab.dirs.dir.join(part))?;
     }
     Ok(Found::There)

@@ -33,7 +33,7 @@ use crate::{
     actions, channel, control, files, json_file,
     lab::Lab,
     machine,
-    paths::LabPaths,
+    paths::{LabPaths, SECRETS},
     state::{LabState, NodeRecord, StepRecords},
 };
 
@@ -314,7 +314,7 @@ fn link(from: &Path, to: &Path) -> Result<(), Error> {
 /// Gives all that snapshot `name` needs a second name below `to`, as it lies in the lab's folder.
 fn link_whole(lab: &Lab, name: &str, to: &Path) -> Result<Record, Error> {
     let record = read(lab, name)?;
-    for part in ["images", "ssh", &format!("snapshots/{name}")] {
+    for part in ["images", "ssh", SECRETS, &format!("snapshots/{name}")] {
         link(&lab.dirs.dir.join(part), &to.join(part))?;
     }
     for layer in layers::below(&lab.dirs, record.nodes.values().flat_map(|node| &node.layers))? {

@@ -72,7 +72,8 @@ pub struct StepTable {
     /// Only for this source; for all, unless given.
     #[schemars(extend("examples" = ["debian"]))]
     pub source: Option<At<String>>,
-    /// `bake`: changes files only, the same way on every node, so its result can be kept. `run`: all else.
+    /// `bake`: changes files only, the same way on every node, so its result can be kept. `leave`: when a node is removed
+    /// by `lab destroy NODE`, on the nodes that stay. `run`: all else.
     #[schemars(required, extend("examples" = ["bake"]))]
     pub kind: Option<At<Kind>>,
     /// The script's file, in the stack's folder.
@@ -90,9 +91,18 @@ pub struct StepTable {
     /// Earlier steps that must be done and ready on all their nodes first.
     #[schemars(extend("examples" = [["init"]]))]
     pub after: Option<At<Vec<At<String>>>>,
+    /// Files of a bundle that the script finds in its folder `$LAB_STEP`; `{version}` stands for any version.
+    #[schemars(extend("examples" = [["k8s-{version}-images.oci.tar.zst"]]))]
+    pub bundle: Option<At<Vec<At<String>>>>,
+    /// Files that the script leaves in its folder `$LAB_STEP` for other steps; lab keeps them with the lab's secrets.
+    #[schemars(extend("examples" = [["join.conf"]]))]
+    pub gives: Option<At<Vec<At<String>>>>,
+    /// Files that an earlier step gave, which the script finds in its folder `$LAB_STEP`.
+    #[schemars(extend("examples" = [["join.conf"]]))]
+    pub takes: Option<At<Vec<At<String>>>>,
 }
 
-/// How a step's result is kept.
+/// When a step is run, and how its result is kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 #[schemars(inline)]
@@ -101,6 +111,8 @@ pub enum Kind {
     Bake,
     /// It is run on each node.
     Run,
+    /// It is run when another node is removed.
+    Leave,
 }
 
 /// A port.

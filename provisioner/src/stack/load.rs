@@ -169,6 +169,10 @@ fn steps(
             report.error(Some(wanted.span()), &format!("{path}.after[{position}]"), message, help);
         }
         kinds(table, &path, &steps, report);
+        let names = |list: &Option<At<Vec<At<String>>>>| -> Vec<String> {
+            list.iter().flat_map(|list| list.get()).map(|name| name.get().clone()).collect()
+        };
+        files(table, &path, &steps, report);
         let text = script_text(table, &path, script, report);
         if let (Some(name), Some(kind), Some((file, script))) = (name, &table.kind, text) {
             steps.push(StepDef {
@@ -182,16 +186,46 @@ fn steps(
                 limit_s: table.limit_s.as_ref().map_or(600, |limit| *limit.get()),
                 ready_limit_s: table.ready_limit_s.as_ref().map_or(120, |limit| *limit.get()),
                 after: after.into_iter().map(|step| step.get().clone()).collect(),
+                bundle: names(&table.bundle),
+                gives: names(&table.gives),
+                takes: names(&table.takes),
             });
         }
     }
     steps
 }
 
+/// The files that a step finds and leaves: plain names, and what is taken has been given.
+fn files(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report<'_>) {
+    for (key, list) in [("bundle", &table.bundle), ("gives", &table.gives), ("takes", &table.takes)] {
+        for (index, name) in list.iter().flat_map(|list| list.get()).enumerate() {
+            let key = format!("{path}.{key}[{index}]");
+            let text = name.get().replacen("{version}", "", usize::from(key.contains(".bundle[")));
+            let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+            if !(1..=100).contains(&text.len()) || text.starts_with('.') || !text.bytes().all(fits) {
+                let message = format!("`{}` can't be the name of a file here", visible(name.get()));
+                let help = "1 to 100 of A-Z, a-z, 0-9, `.`, `_` and `-`, the first not `.`";
+                report.error(Some(name.span()), &key, message, help);
+            } else if key.contains(".takes[") && !earlier.iter().any(|step| step.gives.contains(name.get())) {
+                let message = format!("no earlier step gives `{}`", visible(name.get()));
+                report.error(Some(name.span()), &key, message, "add it to that step's `gives`");
+            }
+        }
+    }
+    let kind = table.kind.as_ref().map(|kind| *kind.get());
+    for (key, list) in [("gives", &table.gives), ("takes", &table.takes)] {
+        if let Some(list) = list.as_ref().filter(|_| kind == Some(Kind::Bake)) {
+            let message = "what is baked gives and takes nothing".to_owned();
+            let help = "its result is for many nodes and labs: make the step `kind = \"run\"`";
+            report.error(Some(list.span()), &format!("{path}.{key}"), message, help);
+        }
+    }
+}
+
 /// What is baked comes first and waits for nothing: its result has to be the same wherever it is made.
 fn kinds(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report<'_>) {
     let Some(kind) = table.kind.as_ref().filter(|kind| *kind.get() == Kind::Bake) else { return };
-    if let Some(run) = earlier.iter().find(|step| step.kind == Kind::Run) {
+    if let Some(run) = earlier.iter().find(|step| step.kind != Kind::Bake) {
         let message = format!("what is baked can't follow what is run: `{}`", run.name);
         report.error(
             Some(kind.span()),

@@ -69,7 +69,7 @@ pub struct StepDef {
     pub on: Target,
     /// Only for this source; `None`: for all.
     pub source: Option<String>,
-    /// Baked or run.
+    /// When it is run, and how its result is kept.
     pub kind: Kind,
     /// The script's file name, for messages.
     pub file: String,
@@ -83,6 +83,12 @@ pub struct StepDef {
     pub ready_limit_s: u32,
     /// Earlier steps that must be done and ready on all their nodes before this one begins on any.
     pub after: Vec<String>,
+    /// Files of a bundle that it finds in its folder; `{version}` stands for any version.
+    pub bundle: Vec<String>,
+    /// Files that it leaves in its folder for other steps.
+    pub gives: Vec<String>,
+    /// Files that earlier steps gave, which it finds in its folder.
+    pub takes: Vec<String>,
 }
 
 /// A port that a stack serves.
@@ -208,6 +214,15 @@ mod tests {
         assert_eq!(again, stack);
         assert!(names(dir.path()).contains(&"docker".to_owned()));
         assert!(find("../docker", dir.path()).is_none() && find("nothing", dir.path()).is_none());
+    }
+
+    #[test]
+    fn kubernetes_gives_what_its_workers_take() {
+        let stack = load(&used("kubernetes", None, "bundle")).unwrap();
+        let step = |name: &str| stack.steps.iter().find(|step| step.name == name).unwrap();
+        assert!(step("packages").bundle.iter().any(|file| file.contains("{version}")));
+        assert!(step("init").gives.iter().any(|file| step("join").takes.contains(file)));
+        assert_eq!(step("drain").kind, Kind::Leave);
     }
 
     #[test]

@@ -49,6 +49,9 @@ pub fn gather(lab: &Lab, name: &str) -> Result<Gathered, Error> {
     for key in [lab.dirs.identity(), lab.dirs.identity().with_extension("pub")] {
         found.push((below(dir, &key)?, key));
     }
+    for file in files_of(&lab.dirs.secrets())? {
+        found.push((below(dir, &file)?, file));
+    }
     let mut images: Vec<_> = record.nodes.values().map(|node| lab.pinned(&node.record.image)).collect();
     images.sort();
     images.dedup();

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use super::super::check_name;
+use crate::paths::SECRETS;
 
 /// Version of the format.
 pub const FORMAT: u32 = 1;
@@ -110,6 +111,7 @@ impl Table {
                     !rest.is_empty() && !rest.iter().any(|part| part.eq_ignore_ascii_case(".git"))
                 }
                 ["ssh", file] => file.strip_suffix(".pub").unwrap_or(file) == KEY,
+                [SECRETS, file] => !file.starts_with('.'),
                 ["images", folder, _] => !folder.starts_with('.'),
                 ["layers", id, "overlay.qcow2"] => !id.starts_with('.'),
                 ["snapshots", name, "snapshot.json"] => *name == self.snapshot,
@@ -143,6 +145,7 @@ mod tests {
             "labfile/stacks/own/a b.sh",
             "labfile/.hidden",
             "ssh/id_ed25519.pub",
+            "secrets/kubernetes.join",
             "images/tiny-012345/root.img",
             "layers/abc/overlay.qcow2",
             "snapshots/one/a/memory",
@@ -169,6 +172,8 @@ mod tests {
             "nodes/a/node.json",
             "ssh/config",
             "ssh/id_ed25519.pub.pub",
+            "secrets/.x",
+            "secrets/a/b",
             "images/x",
             "images/../x",
             "images/a/b/c",

@@ -1,0 +1,148 @@
+# The control plane, by the phases of `kubeadm init`: each can be done again, so this goes on where it was cut off. The API
+# server starts with its store alone; the controllers, which ask it without end, when it answers.
+set -eu
+export KUBECONFIG=/etc/kubernetes/admin.conf
+version=$(kubeadm version -o short)
+minor=${version#v1.}
+minor=${minor%%.*}
+work=/etc/kubernetes/lab
+mkdir -p -m 700 "$work/patches"
+
+# Workers join by it, now and whenever one is added: it holds as long as the lab, inside which it is known.
+[ -s "$work/token" ] || (umask 077 && kubeadm token generate > "$work/token")
+token=$(cat "$work/token")
+
+api=v1beta3
+patches_flag=--patches
+if [ "$minor" -lt 22 ]; then
+    api=v1beta2
+    patches_flag=--experimental-patches
+fi
+slow=no
+driver=systemd
+if [ "$LAB_PATIENCE" -gt 1 ]; then
+    slow=yes
+    driver=cgroupfs
+fi
+
+only_slow() {
+    if [ $slow = yes ]; then printf '%s\n' "$@"; fi
+}
+
+(umask 077 && cat > "$work/config.yaml") << END
+apiVersion: kubeadm.k8s.io/$api
+kind: InitConfiguration
+bootstrapTokens:
+- token: $token
+  ttl: "0s"
+  usages: [signing, authentication]
+  groups: ["system:bootstrappers:kubeadm:default-node-token"]
+localAPIEndpoint:
+  advertiseAddress: $LAB_IP
+nodeRegistration:
+  name: $LAB_NODE
+  criSocket: unix:///run/containerd/containerd.sock
+  taints: [] # a lab is small: its master carries pods, too
+---
+apiVersion: kubeadm.k8s.io/$api
+kind: ClusterConfiguration
+clusterName: $LAB_NAME
+kubernetesVersion: $version
+controlPlaneEndpoint: "$LAB_IP:6443"
+networking:
+  podSubnet: 10.244.0.0/16
+  serviceSubnet: 10.96.0.0/16
+apiServer:
+  certSANs: ["127.0.0.1", localhost, $LAB_NODE]
+$(only_slow '  extraArgs:' '    enable-priority-and-fairness: "false"' '    profiling: "false"')
+controllerManager:
+  extraArgs:
+    allocate-node-cidrs: "false" # nodes know their pods' addresses
+    leader-elect: "false"
+$(only_slow '    node-monitor-period: 20s' '    node-monitor-grace-period: 300s')
+scheduler:
+  extraArgs:
+    leader-elect: "false"
+$([ "$minor" -ge 31 ] || only_slow 'featureGates:' '  PublicKeysECDSA: true')
+---
+apiVersion: kubelet.config.k8s.io/v1beta1
+kind: KubeletConfiguration
+cgroupDriver: $driver
+$(only_slow 'nodeStatusUpdateFrequency: 30s' 'runtimeRequestTimeout: 15m')
+---
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: iptables
+clusterCIDR: 10.244.0.0/16
+conntrack:
+  maxPerCore: 0
+END
+# kubeadm before 1.24 has no scheme in front of the socket's path.
+[ "$minor" -ge 24 ] || sed -i 's,unix:///run,/run,' "$work/config.yaml"
+
+rm -f "$work/patches/"*
+if [ $slow = yes ]; then
+    # Nobody is killed for being slow, and Go's collector runs less often.
+    for name in kube-apiserver kube-controller-manager kube-scheduler etcd; do
+        cat > "$work/patches/$name+strategic.yaml" << END
+spec:
+  containers:
+  - name: $name
+    env:
+    - {name: GOGC, value: "400"}
+    livenessProbe: {periodSeconds: 60, timeoutSeconds: 60, failureThreshold: 60}
+    startupProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 120}
+END
+    done
+    echo '    readinessProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 60}' \
+        >> "$work/patches/kube-apiserver+strategic.yaml"
+fi
+
+phase() {
+    echo "kubeadm init phase $*"
+    kubeadm init phase "$@" --config "$work/config.yaml"
+}
+
+# answers SECONDS: waits until the API server has no more to do before it serves.
+answers() {
+    end=$(($(date +%s) + $1))
+    until said=$(kubectl get --raw /readyz --request-timeout=30s 2>&1) && [ "$said" = ok ]; do
+        if [ "$(date +%s)" -ge $end ]; then
+            echo "the API server does not answer within $1 s; last seen: $said" >&2
+            ctr --namespace k8s.io containers ls >&2 || true
+            journalctl -u kubelet -n 20 --no-pager -o cat >&2 || true
+            exit 1
+        fi
+        sleep 2
+    done
+}
+
+# asks COMMAND…: what asks a busy API server may be turned away: then again, when it answers.
+asks() {
+    for left in 4 3 2 1 0; do
+        if "$@"; then return; fi
+        [ $left = 0 ] && exit 1
+        answers 300
+    done
+}
+
+phase certs all
+phase kubeconfig all
+phase control-plane apiserver $patches_flag "$work/patches"
+phase etcd local $patches_flag "$work/patches"
+phase kubelet-start
+answers $((300 * LAB_PATIENCE))
+phase control-plane controller-manager $patches_flag "$work/patches"
+phase control-plane scheduler $patches_flag "$work/patches"
+asks phase upload-config all
+asks phase mark-control-plane
+asks phase bootstrap-token
+asks phase addon all
+
+authority=$(openssl x509 -pubkey -noout -in /etc/kubernetes/pki/ca.crt | openssl pkey -pubin -outform der | sha256sum)
+umask 077
+printf 'token=%s\nauthority=sha256:%s\napi=%s\n' "$token" "${authority%% *}" "$api" > "$LAB_STEP/join"
+cat /etc/kubernetes/admin.conf > "$LAB_STEP/kubeconfig"
+# For whoever looks around on the master.
+mkdir -p /root/.kube
+cat /etc/kubernetes/admin.conf > /root/.kube/config

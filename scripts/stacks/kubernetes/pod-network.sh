@@ -1,0 +1,80 @@
+# Pods' addresses and the way between nodes: a bridge on each node, and a route to each other node's pods. A node with the
+# address a.b.c.N has the pods 10.244.N.0/24, so nobody has to be asked.
+set -eu
+pods_of() { echo "10.244.${1##*.}.0/24"; }
+
+seen=" "
+for entry in $LAB_NODES; do
+    number=${entry##*.}
+    case $seen in
+        *" $number "*)
+            echo "two nodes have addresses that end in .$number: pods of a node are numbered by that; change one" >&2
+            exit 1
+            ;;
+    esac
+    seen="$seen$number "
+done
+
+mkdir -p /etc/cni/net.d
+cat > /etc/cni/net.d/10-lab.conflist << END
+{
+  "cniVersion": "0.4.0",
+  "name": "lab",
+  "plugins": [
+    {
+      "type": "bridge",
+      "bridge": "cni0",
+      "isGateway": true,
+      "hairpinMode": true,
+      "ipam": {
+        "type": "host-local",
+        "ranges": [[{ "subnet": "$(pods_of "$LAB_IP")" }]],
+        "routes": [{ "dst": "0.0.0.0/0" }]
+      }
+    },
+    { "type": "portmap", "capabilities": { "portMappings": true } }
+  ]
+}
+END
+
+# Made again at each boot.
+{
+    echo '#!/bin/sh -e'
+    echo '# Written by lab: ways to the pods of other nodes. What leaves the cluster has the address of its node.'
+    for entry in $LAB_NODES; do
+        ip=${entry#*=}
+        [ "$ip" = "$LAB_IP" ] || echo "ip route replace $(pods_of "$ip") via $ip"
+    done
+    echo 'rule="POSTROUTING -s 10.244.0.0/16 ! -d 10.244.0.0/16 -j MASQUERADE"'
+    echo 'iptables -w -t nat -C $rule 2> /dev/null || iptables -w -t nat -A $rule'
+} > /usr/local/sbin/lab-pod-network
+chmod 755 /usr/local/sbin/lab-pod-network
+cat > /etc/systemd/system/lab-pod-network.service << 'END'
+[Unit]
+Description=Routes to the pods of other nodes
+Wants=network-online.target
+After=network-online.target
+Before=kubelet.service
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/usr/local/sbin/lab-pod-network
+
+[Install]
+WantedBy=multi-user.target
+END
+
+extra="--node-ip=$LAB_IP"
+if [ "$LAB_PATIENCE" -gt 1 ]; then
+    # On emulated processors: no tree of control groups to be read every few seconds, and less housekeeping.
+    extra="$extra --cgroups-per-qos=false --enforce-node-allocatable= --housekeeping-interval=60s"
+    sed -i 's/SystemdCgroup = true/SystemdCgroup = false/' /etc/containerd/config.toml
+fi
+echo "KUBELET_EXTRA_ARGS=$extra" > /etc/default/kubelet
+
+modprobe -a overlay br_netfilter
+sysctl -q -p /etc/sysctl.d/90-kubernetes.conf
+systemctl daemon-reload
+systemctl enable lab-pod-network.service
+systemctl restart lab-pod-network.service containerd.service
