@@ -1,7 +1,7 @@
 //! A lab-vmm process under test.
 
 use std::{
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, ErrorKind, Read, Write},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -103,7 +103,16 @@ pub fn wait(done: impl Fn() -> bool, seen: impl Fn() -> String) {
 }
 
 fn ask(socket: &Path, action: Action) -> Reply {
-    let mut stream = UnixStream::connect(socket).unwrap();
+    let start = Instant::now();
+    let mut stream = UnixStream::connect(socket);
+    // A socket has its name a moment before anybody listens on it.
+    while stream.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+        && start.elapsed() < LIMIT
+    {
+        std::thread::park_timeout(Duration::from_millis(5));
+        stream = UnixStream::connect(socket);
+    }
+    let mut stream = stream.unwrap();
     stream.set_read_timeout(Some(LIMIT)).unwrap();
     let mut line = serde_json::to_vec(&Request { v: VERSION, action }).unwrap();
     line.push(b'\n');
