@@ -28,4 +28,15 @@ nodeRegistration:
   name: $LAB_NODE
   criSocket: $socket
 END
-kubeadm join --config "$config" --ignore-preflight-errors=NumCPU,Mem,SystemVerification
+if ! kubeadm join --config "$config" --ignore-preflight-errors=NumCPU,Mem,SystemVerification; then
+    # With a certificate of its own the node has joined. What kubeadm does after that is to note the runtime's socket on
+    # the node, within 10 s, which is not enough for an API server that has much to do.
+    [ -e /etc/kubernetes/kubelet.conf ] || exit 1
+    for left in 9 8 7 6 5 4 3 2 1 0; do
+        if kubectl --kubeconfig=/etc/kubernetes/kubelet.conf annotate --overwrite node "$LAB_NODE" \
+            "kubeadm.alpha.kubernetes.io/cri-socket=$socket"; then
+            break
+        fi
+        [ $left != 0 ] || exit 1
+    done
+fi
