@@ -96,6 +96,40 @@ END
     done
     echo '    readinessProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 60}' \
         >> "$work/patches/kube-apiserver+strategic.yaml"
+
+    # At boot, too, the API server starts with its store alone.
+    cat > /usr/local/sbin/lab-control-plane << 'END'
+#!/bin/sh -e
+# Written by lab: what asks the API server without end is held until that serves, or for half an hour.
+cd /etc/kubernetes
+mkdir -p lab/later
+if [ "$1" = hold ]; then
+    for name in kube-controller-manager kube-scheduler; do
+        [ ! -e "manifests/$name.yaml" ] || mv "manifests/$name.yaml" lab/later/
+    done
+    exit
+fi
+end=$(($(date +%s) + 1800))
+until [ "$(curl -sk --max-time 60 https://127.0.0.1:6443/readyz)" = ok ] || [ "$(date +%s)" -ge $end ]; do
+    sleep 5
+done
+mv lab/later/* manifests/
+END
+    chmod 755 /usr/local/sbin/lab-control-plane
+    cat > /etc/systemd/system/lab-control-plane.service << 'END'
+[Unit]
+Description=The controllers of Kubernetes, when its API server serves
+Before=kubelet.service
+
+[Service]
+Type=exec
+ExecStartPre=/usr/local/sbin/lab-control-plane hold
+ExecStart=/usr/local/sbin/lab-control-plane release
+
+[Install]
+WantedBy=multi-user.target
+END
+    systemctl enable lab-control-plane.service
 fi
 
 phase() {
