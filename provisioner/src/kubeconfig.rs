@@ -3,11 +3,12 @@
 
 use std::{
     env, fs,
-    io::Write,
     path::{Path, PathBuf},
 };
 
 use yaml_serde::{Mapping, Value};
+
+use crate::json_file;
 
 /// Longest file that is read, in bytes.
 const MAX_BYTES: u64 = 8 << 20;
@@ -28,6 +29,9 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// It can't be written.
+    #[error(transparent)]
+    File(#[from] json_file::Error),
     /// The host refused.
     #[error("cannot {action} {path}: {source}")]
     Io {
@@ -153,10 +157,7 @@ fn write(path: &Path, config: &Mapping) -> Result<(), Error> {
     let failed = |source| Error::Io { action: "write", path: path.clone(), source };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(failed)?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
-    file.write_all(text(config)?.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(failed)?;
-    file.persist(&path).map_err(|error| failed(error.error))?;
-    Ok(())
+    Ok(json_file::write_bytes(&path, text(config)?.as_bytes())?)
 }
 
 #[cfg(test)]

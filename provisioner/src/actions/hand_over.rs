@@ -44,26 +44,22 @@ pub(super) fn before(lab: &Lab, script: &Script, task: &Task) -> Result<(), Erro
     if hands.are_empty() {
         return Ok(());
     }
-    let channel = lab.channel(&script.node.name);
-    let lost = |what: &str, outcome: &child::Outcome| Error::HandOver {
-        step: script.name.clone(),
-        what: what.into(),
-        reason: outcome.describe(lab.limit(LIMIT_S)),
-        lost: crate::channel::lost(outcome),
+    let (channel, limit) = (lab.channel(&script.node.name), lab.limit(LIMIT_S));
+    let passed = |what: &str, outcome: child::Outcome| match outcome.success() {
+        true => Ok(()),
+        false => Err(Error::HandOver {
+            step: script.name.clone(),
+            what: what.into(),
+            reason: outcome.describe(limit),
+            lost: crate::channel::lost(&outcome),
+        }),
     };
-    let limit = lab.limit(LIMIT_S);
     // What an earlier try left is not this one's.
     let fresh = format!("rm -rf {FOLDER} && mkdir -m 700 {FOLDER}");
-    let outcome = channel.feed(&fresh, std::io::empty(), limit)?;
-    if !outcome.success() {
-        return Err(lost(FOLDER, &outcome));
-    }
+    passed(FOLDER, channel.feed(&fresh, std::io::empty(), limit)?)?;
     for file in &hands.bundle {
         task.detail(&format!("copying {}", file.name));
-        let outcome = channel.feed(&put(&file.name), file.open()?, limit)?;
-        if !outcome.success() {
-            return Err(lost(&file.name, &outcome));
-        }
+        passed(&file.name, channel.feed(&put(&file.name), file.open()?, limit)?)?;
     }
     for name in &hands.takes {
         let path = kept(lab, &hands.stack, name);
@@ -72,10 +68,7 @@ pub(super) fn before(lab: &Lab, script: &Script, task: &Task) -> Result<(), Erro
             path,
             source,
         })?;
-        let outcome = channel.feed(&put(name), file, limit)?;
-        if !outcome.success() {
-            return Err(lost(name, &outcome));
-        }
+        passed(name, channel.feed(&put(name), file, limit)?)?;
     }
     Ok(())
 }
