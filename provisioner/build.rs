@@ -3,6 +3,7 @@
 
 use std::{
     env, fs, io,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -11,10 +12,23 @@ fn main() -> io::Result<()> {
     let (manifest, out) = (variable("CARGO_MANIFEST_DIR")?, variable("OUT_DIR")?);
     let root = manifest.parent().unwrap_or(&manifest).to_owned();
 
-    let mut labfiles = String::from("const LABFILES: &[(&str, &str)] = &[\n");
-    for file in entries(&root.join("labfiles"))? {
-        if file.extension().is_some_and(|extension| extension == "toml") {
-            labfiles += &entry(&file.file_stem().unwrap_or_default().to_string_lossy(), &file);
+    // An example is a labfile, or a folder with one and what it takes along.
+    let mut labfiles = String::from("const LABFILES: &[(&str, &[File])] = &[\n");
+    for path in entries(&root.join("labfiles"))? {
+        let mut files = Vec::new();
+        if path.is_dir() {
+            below(&path, "", &mut files)?;
+        } else if path.extension().is_some_and(|extension| extension == "toml") {
+            files.push(("lab.toml".to_owned(), path.clone()));
+        }
+        if files.iter().any(|(name, _)| name == "lab.toml") {
+            labfiles += &format!("    ({:?}, &[\n", path.file_stem().unwrap_or_default().to_string_lossy());
+            for (name, file) in files {
+                let executable = fs::metadata(&file)?.permissions().mode() & 0o100 != 0;
+                let file = file.display().to_string();
+                labfiles += &format!("        ({name:?}, include_bytes!({file:?}), {executable}),\n");
+            }
+            labfiles += "    ]),\n";
         }
     }
     fs::write(out.join("labfiles.rs"), labfiles + "];\n")?;
@@ -25,8 +39,8 @@ fn main() -> io::Result<()> {
             continue;
         }
         for file in entries(&folder)?.into_iter().filter(|file| file.is_file()) {
-            let name = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            stacks += &entry(&format!("{}/{}", name(&folder), name(&file)), &file);
+            let name = format!("{}/{}", name_of(&folder), name_of(&file));
+            stacks += &format!("    ({name:?}, include_str!({:?})),\n", file.display().to_string());
         }
     }
     fs::write(out.join("stacks.rs"), stacks + "];\n")
@@ -36,10 +50,28 @@ fn main() -> io::Result<()> {
 fn entries(folder: &Path) -> io::Result<Vec<PathBuf>> {
     println!("cargo::rerun-if-changed={}", folder.display());
     let mut paths = fs::read_dir(folder)?.map(|entry| Ok(entry?.path())).collect::<io::Result<Vec<_>>>()?;
+    // What Python, editors and `lab up` leave beside the files is no part of an example.
+    paths.retain(|path| {
+        let name = name_of(path);
+        !name.starts_with('.') && name != "__pycache__" && !name.ends_with(".lock")
+    });
     paths.sort();
     Ok(paths)
 }
 
-fn entry(name: &str, file: &Path) -> String {
-    format!("    ({name:?}, include_str!({:?})),\n", file.display().to_string())
+/// Adds all files below a folder, links followed, as they are called from there.
+fn below(folder: &Path, prefix: &str, found: &mut Vec<(String, PathBuf)>) -> io::Result<()> {
+    for path in entries(folder)? {
+        let name = format!("{prefix}{}", name_of(&path));
+        if path.is_dir() {
+            below(&path, &format!("{name}/"), found)?;
+        } else {
+            found.push((name, path));
+        }
+    }
+    Ok(())
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }

@@ -16,6 +16,7 @@ pub mod cli;
 pub mod clock;
 pub mod commands;
 pub mod control;
+pub mod enclosed;
 pub mod files;
 pub mod fork;
 pub mod host;

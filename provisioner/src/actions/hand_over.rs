@@ -5,7 +5,14 @@
 use std::path::PathBuf;
 
 use super::{Error, script::Script};
-use crate::{bundle::BundleFile, child, json_file, lab::Lab, progress::Task};
+use crate::{
+    bundle::BundleFile,
+    child,
+    enclosed::{self, Enclosed},
+    json_file,
+    lab::Lab,
+    progress::Task,
+};
 
 /// The folder in the node.
 pub(super) const FOLDER: &str = "/run/lab-step";
@@ -17,6 +24,8 @@ const MAX_BYTES: u64 = 1 << 20;
 /// Files of a script.
 #[derive(Debug, Clone, Default)]
 pub struct Hands {
+    /// Of the stack, or beside the labfile.
+    pub files: Vec<Enclosed>,
     /// Of bundles.
     pub bundle: Vec<BundleFile>,
     /// The stack, whose steps give to each other.
@@ -29,7 +38,7 @@ pub struct Hands {
 
 impl Hands {
     fn are_empty(&self) -> bool {
-        self.bundle.is_empty() && self.gives.is_empty() && self.takes.is_empty()
+        self.files.is_empty() && self.bundle.is_empty() && self.gives.is_empty() && self.takes.is_empty()
     }
 }
 
@@ -57,6 +66,17 @@ pub(super) fn before(lab: &Lab, script: &Script, task: &Task) -> Result<(), Erro
     // What an earlier try left is not this one's.
     let fresh = format!("rm -rf {FOLDER} && mkdir -m 700 {FOLDER}");
     passed(FOLDER, channel.feed(&fresh, std::io::empty(), limit)?)?;
+    if !hands.files.is_empty() {
+        let what = "the files that it takes along";
+        let archive = enclosed::pack(&hands.files).map_err(|error| Error::HandOver {
+            step: script.name.clone(),
+            what: what.into(),
+            reason: error.to_string(),
+            lost: false,
+        })?;
+        let unpack = format!("exec tar -C {FOLDER} -x -f -");
+        passed(what, channel.feed(&unpack, archive.as_slice(), limit)?)?;
+    }
     for file in &hands.bundle {
         task.detail(&format!("copying {}", file.name));
         passed(&file.name, channel.feed(&put(&file.name), file.open()?, limit)?)?;

@@ -10,8 +10,8 @@ use sha2::{Digest, Sha256};
 
 use super::{Action, Error, hand_over, hand_over::Hands, ready::Ready};
 use crate::{
-    channel, child::Outcome, files::hex, json_file, lab::Lab, labfile::topology::Node, progress::Task,
-    state::StepRecords,
+    channel, child::Outcome, enclosed, files::hex, json_file, lab::Lab, labfile::topology::Node,
+    progress::Task, state::StepRecords,
 };
 
 /// How often a step is run, if its node restarts under it: it asked for that, or its kernel crashed.
@@ -50,6 +50,9 @@ impl Script {
         }
         hash.update(&self.text);
         hash.update(self.ready.as_ref().map(|(condition, _)| condition.as_str()).unwrap_or_default());
+        if !self.hands.files.is_empty() {
+            hash.update(enclosed::digest(&self.hands.files));
+        }
         for file in &self.hands.bundle {
             hash.update(format!("\0{}={}", file.name, file.sha256));
         }

@@ -1,5 +1,7 @@
 //! Which scripts run where, and after which others: the steps of stacks and the user's own.
 
+use std::path::Path;
+
 use super::{
     Error,
     hand_over::{self, Hands},
@@ -7,6 +9,7 @@ use super::{
 };
 use crate::{
     bundle::{self, BundleFile},
+    enclosed,
     lab::{Lab, applies},
     labfile::topology::{Node, Stack, Step},
     plan::Plan,
@@ -52,17 +55,17 @@ pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), E
                 for (node, last) in
                     nodes.iter().zip(last.iter_mut()).filter(|(node, _)| applies(&step.on, node))
                 {
-                    *last = plan.add(Some(&node.name), Box::new(of_user(lab, step, node)), vec![*last]);
+                    *last = plan.add(Some(&node.name), Box::new(of_user(lab, step, node)?), vec![*last]);
                 }
             }
         }
     }
     let mut before = last;
     for step in lab.topology.steps.iter().filter(|step| !step.bake) {
-        let on = nodes.iter().filter(|node| applies(&step.on, node));
-        let add =
-            |node: &Node| plan.add(Some(&node.name), Box::new(of_user(lab, step, node)), before.clone());
-        let added: Vec<usize> = on.map(add).collect();
+        let mut added = Vec::new();
+        for node in nodes.iter().filter(|node| applies(&step.on, node)) {
+            added.push(plan.add(Some(&node.name), Box::new(of_user(lab, step, node)?), before.clone()));
+        }
         if !added.is_empty() {
             before = added;
         }
@@ -77,7 +80,7 @@ pub fn baked(lab: &Lab, node: &Node) -> Result<Vec<Script>, Error> {
         .filter(|(_, stack, step)| gets(stack, step, node))
         .map(|(used, _, step)| of_stack(lab, used, step, node));
     let users = lab.topology.steps.iter().filter(|step| step.bake && applies(&step.on, node));
-    of_stacks.chain(users.map(|step| Ok(of_user(lab, step, node)))).collect()
+    of_stacks.chain(users.map(|step| of_user(lab, step, node))).collect()
 }
 
 /// Lets the nodes that stay do what is to be done before others are removed. What fails there is told, and hinders
@@ -164,8 +167,13 @@ fn of_stack(lab: &Lab, used: &Stack, step: &StepDef, node: &Node) -> Result<Scri
     if let Some(file) = bundle.iter().find(|file| !file.version.is_empty()) {
         environment.push(("LAB_BUNDLE_VERSION".into(), file.version.clone()));
     }
-    let hands =
-        Hands { bundle, stack: used.name.clone(), gives: step.gives.clone(), takes: step.takes.clone() };
+    let hands = Hands {
+        files: step.files.clone(),
+        bundle,
+        stack: used.name.clone(),
+        gives: step.gives.clone(),
+        takes: step.takes.clone(),
+    };
     Ok(Script {
         node: node.clone(),
         name,
@@ -178,17 +186,23 @@ fn of_stack(lab: &Lab, used: &Stack, step: &StepDef, node: &Node) -> Result<Scri
     })
 }
 
-fn of_user(lab: &Lab, step: &Step, node: &Node) -> Script {
-    Script {
+fn of_user(lab: &Lab, step: &Step, node: &Node) -> Result<Script, Error> {
+    let folder = lab.topology.labfile.parent().unwrap_or(Path::new("/"));
+    let files = enclosed::beside(folder, &step.files)?;
+    let mut environment = if step.bake { Vec::new() } else { environment(lab, node) };
+    if !files.is_empty() {
+        environment.push(("LAB_STEP".into(), hand_over::FOLDER.into()));
+    }
+    Ok(Script {
         node: node.clone(),
         name: format!("step/{}", step.name),
         text: step.run.clone(),
-        environment: if step.bake { Vec::new() } else { environment(lab, node) },
+        environment,
         baked: step.bake,
         limit_s: USER_STEP_LIMIT_S,
         ready: None,
-        hands: Hands::default(),
-    }
+        hands: Hands { files, ..Hands::default() },
+    })
 }
 
 /// What scripts find in their environment, except those that are baked: nothing there is of one lab or node.

@@ -1,6 +1,12 @@
 //! `lab init`, `lab validate`, `lab schema`: working on the labfile.
 
-use std::{fs::OpenOptions, io::Write, process::ExitCode};
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+    process::ExitCode,
+};
 
 use super::{Context, Error, table, write_out};
 use crate::labfile::{self, templates};
@@ -19,14 +25,33 @@ pub fn init(context: &Context, from: &str, list: bool) -> Result<ExitCode, Error
         let names: Vec<&str> = templates::templates().iter().map(|template| template.name).collect();
         Error::Other(format!("there is no example `{from}`: the examples are {}", names.join(", ")))
     })?;
-    let written = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open("lab.toml")
-        .and_then(|mut file| file.write_all(template.text.as_bytes()));
-    written.map_err(|source| Error::Io { action: "write lab.toml here".into(), source })?;
-    context.progress.say("wrote lab.toml; next: read it, then `lab up`");
+    let failed = |name: &str| {
+        let action = format!("write {name} here");
+        move |source| Error::Io { action, source }
+    };
+    // All or nothing, as far as that can be seen before.
+    if let Some((name, ..)) =
+        template.files.iter().find(|(name, ..)| Path::new(name).symlink_metadata().is_ok())
+    {
+        return Err(failed(name)(std::io::ErrorKind::AlreadyExists.into()));
+    }
+    for (name, bytes, executable) in template.files {
+        write_new(Path::new(name), bytes, *executable).map_err(failed(name))?;
+    }
+    let more = match template.files.len() {
+        1 => String::new(),
+        count => format!(" and {} files beside it", count - 1),
+    };
+    context.progress.say(&format!("wrote lab.toml{more}; next: read it, then `lab up`"));
     Ok(ExitCode::SUCCESS)
+}
+
+fn write_new(path: &Path, bytes: &[u8], executable: bool) -> std::io::Result<()> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    let mode = if executable { 0o777 } else { 0o666 };
+    OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?.write_all(bytes)
 }
 
 /// Checks the labfile.

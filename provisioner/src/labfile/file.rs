@@ -169,6 +169,10 @@ pub struct StepTable {
     /// File with the script, its path relative to the labfile's folder; one that begins `#!` is run as it says.
     #[schemars(extend("examples" = ["motd.sh"]))]
     pub script: Option<At<String>>,
+    /// Files and folders, their paths relative to the labfile's folder, that the script finds in `$LAB_STEP` while it
+    /// runs.
+    #[schemars(extend("examples" = [["app"]]))]
+    pub files: Option<At<Vec<At<String>>>>,
     /// Whether it changes files only, in the same way on every node: it is then run once, before all that is not baked,
     /// and its result is kept in a layer.
     #[schemars(extend("examples" = [true]), extend("default" = false))]

@@ -108,9 +108,16 @@ pub fn companions(path: &Path) -> Result<Vec<PathBuf>, Diagnostics> {
     let scripts = file.step.iter().map(|step| &step.get().script);
     let scripts = scripts.chain(file.check.iter().map(|check| &check.get().script));
     let mut found: Vec<PathBuf> = scripts.flatten().map(|script| script.get().into()).collect();
+    let folder = topology.labfile.parent().unwrap_or(Path::new("/"));
+    for file in topology.steps.iter().flat_map(|step| &step.files).map(Path::new) {
+        if folder.join(file).is_dir() {
+            files_below(folder, file, &mut found)?;
+        } else {
+            found.push(file.into());
+        }
+    }
     for stack in topology.stacks.iter().filter(|stack| stack.folder.is_some()) {
-        let below = Path::new("stacks").join(&stack.name);
-        files_below(topology.labfile.parent().unwrap_or(Path::new("/")), &below, &mut found)?;
+        files_below(folder, &Path::new("stacks").join(&stack.name), &mut found)?;
     }
     Ok(found)
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     ops::Range,
-    path::Path,
+    path::{Component, Path},
 };
 
 use super::{
@@ -94,6 +94,7 @@ pub fn steps(
         let name = unique(table.name.as_ref(), &mut names, "step", &path, report);
         let on = places.target(table.on.as_ref(), &format!("{path}.on"), report);
         let run = script(table.run.as_ref(), table.script.as_ref(), at.span(), folder, &path, report);
+        let files = taken_along(table.files.as_ref(), folder, &path, report);
         if let (Some(name), Some(run)) = (name, run) {
             let bake = table.bake.as_ref().is_some_and(|bake| *bake.get());
             if let Some(at) = table.bake.as_ref().filter(|_| bake)
@@ -104,7 +105,7 @@ pub fn steps(
                 let help = "leave that part to a step that is not baked";
                 report.error(Some(at.span()), &format!("{path}.bake"), message, help);
             }
-            steps.push(Step { name, on, run, bake });
+            steps.push(Step { name, on, run, files, bake });
         }
     }
     steps
@@ -130,6 +131,35 @@ pub fn checks(
         }
     }
     checks
+}
+
+/// Files and folders beside the labfile: they lie in its folder, and are there.
+fn taken_along(
+    files: Option<&At<Vec<At<String>>>>,
+    folder: &Path,
+    path: &str,
+    report: &mut Report<'_>,
+) -> Vec<String> {
+    let mut found = Vec::new();
+    for (index, file) in files.iter().flat_map(|files| files.get()).enumerate() {
+        let key = format!("{path}.files[{index}]");
+        let name = Path::new(file.get());
+        let below = name.components().all(|part| matches!(part, Component::Normal(_)));
+        if !below || file.get().is_empty() || file.get().chars().any(char::is_control) {
+            let message = format!("`{}` is not a path in the labfile's folder", visible(file.get()));
+            report.error(
+                Some(file.span()),
+                &key,
+                message,
+                "name a file or a folder that lies beside the labfile",
+            );
+        } else if !folder.join(name).exists() {
+            let message = format!("there is no `{}` in the labfile's folder", visible(file.get()));
+            report.error(Some(file.span()), &key, message, "paths are relative to the labfile's folder");
+        }
+        found.push(file.get().clone());
+    }
+    found
 }
 
 fn unique(

@@ -40,9 +40,10 @@ pub fn resolve(
                 continue;
             }
         };
+        let source = source(&definition, table, report);
         stacks.push(Stack {
-            source: source(&definition, table, report),
-            options: options(&definition, name, table, report),
+            options: options(&definition, &source, name, table, report),
+            source,
             name: definition.name,
             folder: definition.folder,
         });
@@ -66,6 +67,7 @@ fn source(definition: &StackDef, table: &StackTable, report: &mut Report<'_>) ->
 
 fn options(
     definition: &StackDef,
+    source: &str,
     name: &At<String>,
     table: &StackTable,
     report: &mut Report<'_>,
@@ -76,6 +78,11 @@ fn options(
         match definition.options.iter().find(|option| option.name == *key.get()) {
             Some(option) => {
                 let text = value.get().to_string();
+                if let Some(only) = option.source.as_ref().filter(|only| *only != source) {
+                    let message = format!("`{}` is not possible with source = \"{source}\"", option.name);
+                    let help = format!("remove it, or take source = \"{only}\"");
+                    report.error(Some(key.span()), &join(&path, key.get()), message, help);
+                }
                 if let Some((message, help)) = refused(&option.values, key.get(), value.get(), &text) {
                     report.error(Some(value.span()), &join(&path, key.get()), message, help);
                 }

@@ -95,6 +95,9 @@ pub struct Step {
     pub on: Target,
     /// Shell script (`/bin/sh -e`), run as root.
     pub run: String,
+    /// Files and folders beside the labfile that it takes along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<String>,
     /// Whether it changes files only, in the same way on every node: then its result is kept in a layer.
     #[serde(default)]
     pub bake: bool,

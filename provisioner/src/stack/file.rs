@@ -27,6 +27,9 @@ pub struct File {
     /// Ports that it serves.
     #[serde(default)]
     pub port: Vec<At<PortTable>>,
+    /// Files that its steps give and that people want to know, passwords for example.
+    #[serde(default)]
+    pub secret: Vec<At<SecretTable>>,
 }
 
 /// A source.
@@ -54,6 +57,9 @@ pub struct OptionTable {
     /// Its value, unless the labfile gives one; without a default it must.
     #[schemars(extend("examples" = ["1.36"]))]
     pub default: Option<At<String>>,
+    /// Only with this source; with all, unless given.
+    #[schemars(extend("examples" = ["upstream"]))]
+    pub source: Option<At<String>>,
     /// Allowed values; any, unless given.
     #[schemars(extend("examples" = [["1.35", "1.36"]]))]
     pub values: Option<At<Vec<At<String>>>>,
@@ -94,6 +100,9 @@ pub struct StepTable {
     /// Files of a bundle that the script finds in its folder `$LAB_STEP`; `{version}` stands for any version.
     #[schemars(extend("examples" = [["k8s-{version}-images.oci.tar.zst"]]))]
     pub bundle: Option<At<Vec<At<String>>>>,
+    /// Text files of the stack's folder that the script finds in its folder `$LAB_STEP`.
+    #[schemars(extend("examples" = [["server.conf"]]))]
+    pub files: Option<At<Vec<At<String>>>>,
     /// Files that the script leaves in its folder `$LAB_STEP` for other steps; lab keeps them with the lab's secrets.
     #[schemars(extend("examples" = [["join.conf"]]))]
     pub gives: Option<At<Vec<At<String>>>>,
@@ -127,5 +136,17 @@ pub struct PortTable {
     pub on: Option<At<String>>,
     /// What listens there.
     #[schemars(required, extend("examples" = ["Kubernetes API"]))]
+    pub description: Option<At<String>>,
+}
+
+/// A secret that is shown once.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SecretTable {
+    /// The file, which a step `gives`: one line of text.
+    #[schemars(required, extend("examples" = ["admin-password"]))]
+    pub file: Option<At<String>>,
+    /// What it is good for.
+    #[schemars(required, extend("examples" = ["Grafana's password for admin"]))]
     pub description: Option<At<String>>,
 }

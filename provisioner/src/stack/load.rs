@@ -6,9 +6,10 @@ use std::{
 };
 
 use super::{
-    Kind, OptionDef, PortDef, Source, StackDef, StepDef,
+    Kind, OptionDef, PortDef, SecretDef, Source, StackDef, StepDef,
     file::{File, StepTable},
 };
+use crate::enclosed::Enclosed;
 use crate::labfile::{
     At, Diagnostics, diagnostic::visible, read_text, report::Report, schema, shape, spell::advice,
     topology::Target,
@@ -17,6 +18,8 @@ use crate::labfile::{
 include!(concat!(env!("OUT_DIR"), "/stacks.rs"));
 
 const FILE: &str = "stack.toml";
+/// What every script begins with.
+const PRELUDE: &str = include_str!("../../../scripts/stacks/prelude.sh");
 
 pub fn own_names() -> Vec<&'static str> {
     let of_definition = |(path, _): &(&'static str, _)| path.strip_suffix(FILE)?.strip_suffix('/');
@@ -30,7 +33,7 @@ pub fn from_binary(name: &str) -> Result<StackDef, Diagnostics> {
         found.map(|(_, text)| (*text).to_owned()).ok_or_else(|| {
             Diagnostics::of_file(
                 PathBuf::from(&path),
-                "there is no such script".to_owned(),
+                "there is no such file".to_owned(),
                 "add it to the stack's folder",
             )
         })
@@ -48,7 +51,7 @@ pub fn from_folder(folder: &Path) -> Result<StackDef, Diagnostics> {
     }
     let text =
         read_text(&file, "stack definition", "a stack's folder holds a stack.toml; see `docs/stacks.md`")?;
-    let script = |file: &str| read_text(&folder.join(file), "script", "add it to the stack's folder");
+    let script = |file: &str| read_text(&folder.join(file), "file", "add it to the stack's folder");
     let folder = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
     definition(&name, Some(folder), &file, &text, &script)
 }
@@ -98,7 +101,7 @@ fn checked(
         let help = "add a [[source]] with a name and a description: where the software comes from";
         report.error(None, "source", "the stack has no source".to_owned(), help);
     }
-    let options = options(file, report);
+    let options = options(file, &sources, report);
     let steps = steps(file, &sources, &roles, script, report);
     let ports = file.port.iter().enumerate().filter_map(|(index, table)| {
         let port = table.get();
@@ -106,11 +109,12 @@ fn checked(
         Some(PortDef { port: *port.port.as_ref()?.get(), on, description: text(port.description.as_ref()) })
     });
     let ports = ports.collect();
+    let secrets = secrets(file, &steps, report);
     let description = text(file.description.as_ref());
-    StackDef { name: name.to_owned(), folder, description, sources, roles, options, steps, ports }
+    StackDef { name: name.to_owned(), folder, description, sources, roles, options, steps, ports, secrets }
 }
 
-fn options(file: &File, report: &mut Report<'_>) -> Vec<OptionDef> {
+fn options(file: &File, sources: &[Source], report: &mut Report<'_>) -> Vec<OptionDef> {
     let mut seen = HashSet::from(["source".to_owned()]);
     let mut options = Vec::new();
     for (index, table) in file.option.iter().enumerate() {
@@ -129,7 +133,10 @@ fn options(file: &File, report: &mut Report<'_>) -> Vec<OptionDef> {
             let message = format!("the default `{}` is not among the values", visible(value));
             report.error(Some(at.span()), &format!("option[{index}].default"), message, "add it to `values`");
         }
-        options.push(OptionDef { name, description: text(option.description.as_ref()), default, values });
+        let source = option.source.as_ref().map(|source| source.get().clone());
+        check_source(option.source.as_ref(), sources, &format!("option[{index}]"), report);
+        let description = text(option.description.as_ref());
+        options.push(OptionDef { name, description, default, source, values });
     }
     options
 }
@@ -147,14 +154,7 @@ fn steps(
         let (table, path) = (at.get(), format!("step[{index}]"));
         let name = fresh_name(table.name.as_ref(), &mut seen, "step", &format!("{path}.name"), report);
         let on = target(table.on.as_ref(), roles, &format!("{path}.on"), report);
-        if let Some(source) = &table.source {
-            let known: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
-            if !known.contains(&source.get().as_str()) {
-                let message = format!("there is no source `{}`", visible(source.get()));
-                let help = advice(source.get(), &known, "sources are");
-                report.error(Some(source.span()), &format!("{path}.source"), message, help);
-            }
-        }
+        check_source(table.source.as_ref(), sources, &path, report);
         let before = file.step.iter().take(index).filter_map(|step| step.get().name.as_ref());
         let earlier: Vec<&str> = before.map(|name| name.get().as_str()).collect();
         let after: Vec<&At<String>> = table.after.iter().flat_map(|list| list.get()).collect();
@@ -173,6 +173,7 @@ fn steps(
             list.iter().flat_map(|list| list.get()).map(|name| name.get().clone()).collect()
         };
         files(table, &path, &steps, report);
+        let enclosed = enclosed(table, &path, script, report);
         let text = script_text(table, &path, script, report);
         if let (Some(name), Some(kind), Some((file, script))) = (name, &table.kind, text) {
             steps.push(StepDef {
@@ -181,12 +182,13 @@ fn steps(
                 source: table.source.as_ref().map(|source| source.get().clone()),
                 kind: *kind.get(),
                 file,
-                script,
+                script: format!("{PRELUDE}{script}"),
                 ready: table.ready.as_ref().map(|ready| ready.get().clone()),
                 limit_s: table.limit_s.as_ref().map_or(600, |limit| *limit.get()),
                 ready_limit_s: table.ready_limit_s.as_ref().map_or(120, |limit| *limit.get()),
                 after: after.into_iter().map(|step| step.get().clone()).collect(),
                 bundle: names(&table.bundle),
+                files: enclosed,
                 gives: names(&table.gives),
                 takes: names(&table.takes),
             });
@@ -195,9 +197,25 @@ fn steps(
     steps
 }
 
+/// A source that something is for alone.
+fn check_source(source: Option<&At<String>>, sources: &[Source], path: &str, report: &mut Report<'_>) {
+    let known: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
+    if let Some(source) = source.filter(|source| !known.contains(&source.get().as_str())) {
+        let message = format!("there is no source `{}`", visible(source.get()));
+        let help = advice(source.get(), &known, "sources are");
+        report.error(Some(source.span()), &format!("{path}.source"), message, help);
+    }
+}
+
 /// The files that a step finds and leaves: plain names, and what is taken has been given.
 fn files(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report<'_>) {
-    for (key, list) in [("bundle", &table.bundle), ("gives", &table.gives), ("takes", &table.takes)] {
+    let lists = [
+        ("bundle", &table.bundle),
+        ("files", &table.files),
+        ("gives", &table.gives),
+        ("takes", &table.takes),
+    ];
+    for (key, list) in lists {
         for (index, name) in list.iter().flat_map(|list| list.get()).enumerate() {
             let key = format!("{path}.{key}[{index}]");
             let text = name.get().replacen("{version}", "", usize::from(key.contains(".bundle[")));
@@ -220,6 +238,47 @@ fn files(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report
             report.error(Some(list.span()), &format!("{path}.{key}"), message, help);
         }
     }
+}
+
+/// The texts of the files that a step takes along.
+fn enclosed(
+    table: &StepTable,
+    path: &str,
+    text: &dyn Fn(&str) -> Result<String, Diagnostics>,
+    report: &mut Report<'_>,
+) -> Vec<Enclosed> {
+    let mut found = Vec::new();
+    let names = table.files.iter().flat_map(|list| list.get()).enumerate();
+    // What is no name of a file in the folder has been told.
+    for (index, name) in names.filter(|(_, name)| !name.get().contains('/')) {
+        match text(name.get()) {
+            Ok(text) => found.push(Enclosed::text(name.get(), &text)),
+            Err(wrong) => {
+                let first = wrong.errors.into_iter().next();
+                let (message, help) = first.map(|error| (error.message, error.help)).unwrap_or_default();
+                let message = format!("file `{}`: {message}", visible(name.get()));
+                let key = format!("{path}.files[{index}]");
+                report.error(Some(name.span()), &key, message, help.unwrap_or_default());
+            }
+        }
+    }
+    found
+}
+
+/// What people want to know of what steps give.
+fn secrets(file: &File, steps: &[StepDef], report: &mut Report<'_>) -> Vec<SecretDef> {
+    let mut secrets = Vec::new();
+    for (index, table) in file.secret.iter().enumerate() {
+        let secret = table.get();
+        let Some(name) = &secret.file else { continue };
+        if !steps.iter().any(|step| step.gives.contains(name.get())) {
+            let message = format!("no step gives `{}`", visible(name.get()));
+            let key = format!("secret[{index}].file");
+            report.error(Some(name.span()), &key, message, "add it to a step's `gives`");
+        }
+        secrets.push(SecretDef { file: name.get().clone(), description: text(secret.description.as_ref()) });
+    }
+    secrets
 }
 
 /// What is baked comes first and waits for nothing: its result has to be the same wherever it is made.

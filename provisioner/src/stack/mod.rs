@@ -15,7 +15,10 @@ use serde::Serialize;
 
 /// What is wrong with a stack: told like a labfile's errors.
 pub use crate::labfile::Diagnostics as Error;
-use crate::labfile::topology::{Stack, Target};
+use crate::{
+    enclosed::Enclosed,
+    labfile::topology::{Stack, Target},
+};
 
 /// A stack, checked, with the texts of its scripts.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -36,6 +39,8 @@ pub struct StackDef {
     pub steps: Vec<StepDef>,
     /// Ports that it serves.
     pub ports: Vec<PortDef>,
+    /// What its steps give and people want to know.
+    pub secrets: Vec<SecretDef>,
 }
 
 /// Where the software comes from.
@@ -56,6 +61,8 @@ pub struct OptionDef {
     pub description: String,
     /// Its value where the labfile gives none; `None`: the labfile must give one.
     pub default: Option<String>,
+    /// The only source that it can be set with; `None`: any.
+    pub source: Option<String>,
     /// Allowed values; empty: any.
     pub values: Vec<String>,
 }
@@ -85,6 +92,8 @@ pub struct StepDef {
     pub after: Vec<String>,
     /// Files of a bundle that it finds in its folder; `{version}` stands for any version.
     pub bundle: Vec<String>,
+    /// Files of the stack that it finds in its folder.
+    pub files: Vec<Enclosed>,
     /// Files that it leaves in its folder for other steps.
     pub gives: Vec<String>,
     /// Files that earlier steps gave, which it finds in its folder.
@@ -99,6 +108,15 @@ pub struct PortDef {
     /// All nodes that get the stack, or those of a role.
     pub on: Target,
     /// What listens there.
+    pub description: String,
+}
+
+/// A file that a step gives and that is shown when it is new.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SecretDef {
+    /// The file.
+    pub file: String,
+    /// What it is good for.
     pub description: String,
 }
 
