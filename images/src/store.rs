@@ -274,6 +274,28 @@ impl Store {
         self.publish(out, &manifest)
     }
 
+    /// Take the image in a folder beside the store, whose files have to be as its manifest says, and leave the folder
+    /// empty; an earlier image of that name is replaced.
+    pub fn adopt(&self, from: &Path) -> Result<Image, Error> {
+        let path = from.join(MANIFEST);
+        let text = fs::read(&path).map_err(io_error("read", &path))?;
+        let manifest: Manifest =
+            serde_json::from_slice(&text).map_err(|error| io_error("read", &path)(error.into()))?;
+        manifest::check_name(&manifest.name).map_err(Error::BadName)?;
+        let _lock = self.lock(&mut |_| {})?;
+        let out = self.partial()?;
+        for (file, expected) in &manifest.files {
+            let path = from.join(file);
+            if manifest::digest_file(&path).map_err(io_error("read", &path))? != *expected {
+                let what = "does not have the digest that the manifest tells".into();
+                let (name, imported) = (manifest.name.clone(), manifest.cloud_init);
+                return Err(Error::Damaged { name, file: path, what, imported });
+            }
+            fs::rename(&path, out.path().join(file)).map_err(io_error("take", &path))?;
+        }
+        self.publish(out, &manifest)
+    }
+
     /// A folder for what is not complete; removed when dropped, or by the next process that works in the store.
     fn partial(&self) -> Result<tempfile::TempDir, Error> {
         let made = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(&self.folder);

@@ -17,7 +17,8 @@ use crate::files::hex;
 
 /// What stands for the version in a file's name.
 const VERSION: &str = "{version}";
-const SUMS: &str = "SHA256SUMS";
+/// The list of a bundle's files with their checksums.
+pub const SUMS: &str = "SHA256SUMS";
 /// Longest `SHA256SUMS`, in bytes.
 const MAX_SUMS: u64 = 1 << 20;
 

@@ -69,6 +69,9 @@ pub enum Command {
         /// Only if all that the lab is made from is as `lab.lock` says
         #[arg(long, conflicts_with = "fork")]
         locked: bool,
+        /// From a bundle that `lab bundle build` has made: nothing is built or fetched
+        #[arg(long, value_name = "BUNDLE")]
+        offline: Option<PathBuf>,
     },
     /// Show the nodes of the lab
     Status,
@@ -213,6 +216,12 @@ pub enum Command {
         #[command(subcommand)]
         action: SnapshotAction,
     },
+    /// Put all that `up` would fetch or build into one file, for machines without a network
+    Bundle {
+        /// What to do
+        #[command(subcommand)]
+        action: BundleAction,
+    },
     /// Work with images
     Image {
         /// What to do
@@ -317,6 +326,19 @@ pub enum SnapshotAction {
     },
 }
 
+/// What can be done with bundles.
+#[derive(Debug, Subcommand)]
+pub enum BundleAction {
+    /// Make the bundle of a labfile
+    Build {
+        /// The labfile [default: that of -f, or lab.toml here or in a parent folder]
+        labfile: Option<PathBuf>,
+        /// The file [default: NAME.labbundle here]
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+    },
+}
+
 /// What can be done with images.
 #[derive(Debug, Subcommand)]
 pub enum ImageAction {
@@ -348,6 +370,14 @@ pub enum ImageAction {
         /// The images
         #[arg(required = true)]
         names: Vec<String>,
+    },
+    /// Put a container image into the registry of the running lab
+    Push {
+        /// An archive of `docker save` or an OCI archive; or the name of an image that this machine's Docker has
+        image: String,
+        /// Its name in the registry [default: the one that it has]
+        #[arg(long, value_name = "NAME")]
+        name: Option<String>,
     },
 }
 

@@ -90,6 +90,8 @@ pub struct Lab {
     pub came_up: bool,
     /// Whether its processes end with this one, whatever ends it.
     pub bound: bool,
+    /// Whether images and layers have to be there: none is built.
+    pub offline: bool,
     /// The image store.
     pub store: Store,
     /// How many times longer than usual things may take: more than 1 where KVM itself is emulated.
@@ -114,6 +116,7 @@ impl Lab {
             came_up: state.as_ref().is_some_and(|state| state.came_up),
             added_forwards: state.map(|state| state.forwards).unwrap_or_default(),
             bound: false,
+            offline: false,
             store: Store::open(&paths.images()),
             patience: if crate::host::is_slow() { 8 } else { 1 },
             paths: paths.clone(),

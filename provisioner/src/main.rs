@@ -4,7 +4,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{CommandFactory, Parser};
 use lab::{
-    cli::{Cli, Command, Output},
+    cli::{BundleAction, Cli, Command, Output},
     commands::{self, Context, Error, carried::Place},
     say::say,
 };
@@ -49,7 +49,9 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Init { from, list } => commands::init::init(context, &from, list),
         Command::Validate => commands::init::validate(context),
         Command::Plan => commands::plan::run(context),
-        Command::Up { fresh, locked } => commands::up::run(context, fresh, locked),
+        Command::Up { fresh, locked, offline } => {
+            commands::up::run(context, fresh, locked, offline.as_deref())
+        }
         Command::Status => commands::status::run(context),
         Command::Ls { size } => commands::ls::run(context, size),
         Command::Ssh { node, command } => commands::ssh::ssh(context, node.as_deref(), &command),
@@ -73,6 +75,9 @@ fn run(cli: Cli) -> Result<ExitCode, Error> {
         Command::Suspend => commands::snapshot::suspend(context),
         Command::Resume => commands::snapshot::resume(context),
         Command::Snapshot { action } => commands::snapshot::run(context, action),
+        Command::Bundle { action: BundleAction::Build { to, .. } } => {
+            commands::bundle::build(context, to.as_deref())
+        }
         Command::Image { action } => commands::image::run(context, action),
         Command::Host { action } => commands::host::run(context, cli.global.host.as_deref(), action),
         Command::Doctor => commands::host::doctor(context),

@@ -62,6 +62,24 @@ impl TestLab {
         Self::new(&change(std::fs::read_to_string(path).unwrap()))
     }
 
+    /// The same, from an example that is a folder, with all that is in it.
+    pub fn example_folder(name: &str, change: impl FnOnce(String) -> String) -> Self {
+        let lab = Self::new("");
+        let mut init = Command::new(program());
+        let folder = lab.dir().join("init");
+        std::fs::create_dir(&folder).unwrap();
+        init.args(["init", "--from", name]).current_dir(&folder);
+        let output = output(init, b"");
+        assert!(output.status.success(), "{}", text(&output));
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::rename(entry.path(), lab.dir().join(entry.file_name())).unwrap();
+        }
+        let file = std::fs::read_to_string(&lab.file).unwrap();
+        lab.rewrite(&change(file));
+        lab
+    }
+
     /// The folder of its labfile.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -161,6 +179,47 @@ impl Drop for TestLab {
             panic!("lab destroy: {}\n{}", output.status, text(&output));
         }
     }
+}
+
+/// A LAB_HOME that has nothing, neither images nor labs. Its emulated host is the only one as long as it is used: two at
+/// once are much too slow.
+pub struct OtherHome {
+    dir: tempfile::TempDir,
+    emulated: bool,
+}
+
+impl OtherHome {
+    /// Makes it, and ends the emulated host of the test's own home.
+    #[allow(clippy::new_without_default, reason = "it ends a host")]
+    pub fn new() -> Self {
+        let home = Self { dir: tempfile::tempdir_in("/var/tmp").unwrap(), emulated: emulated() };
+        if home.emulated {
+            lab_host(None, &["stop", "--force"]);
+        }
+        home
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+}
+
+impl Drop for OtherHome {
+    fn drop(&mut self) {
+        if self.emulated {
+            lab_host(Some(self.dir.path()), &["stop", "--force"]);
+            lab_host(None, &["start"]);
+        }
+    }
+}
+
+/// Runs `lab host` in a LAB_HOME, the test's own unless given.
+pub fn lab_host(home: Option<&Path>, arguments: &[&str]) {
+    let mut command = Command::new(program());
+    command.args(["-q", "host"]).args(arguments).envs(home.map(|home| ("LAB_HOME", home)));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "lab host {arguments:?}: {}", text(&output));
 }
 
 /// The repository.

@@ -3,12 +3,10 @@
 
 use std::{
     os::unix::fs::FileExt,
-    path::Path,
-    process::Command,
     time::{Duration, Instant},
 };
 
-use lab_tests::{TestLab, kill_after, load::Load};
+use lab_tests::{OtherHome, TestLab, kill_after, lab_host, load::Load};
 
 /// A lab of two small nodes under a name of its own.
 fn labfile(name: &str) -> String {
@@ -248,39 +246,6 @@ fn a_kill_leaves_the_old_or_the_new() {
     }
 }
 
-/// A LAB_HOME that has nothing, neither images nor labs. Its emulated host is the only one as long as it is used: two at
-/// once are much too slow.
-struct OtherHome {
-    dir: tempfile::TempDir,
-    emulated: bool,
-}
-
-impl OtherHome {
-    fn new() -> Self {
-        let home = Self { dir: tempfile::tempdir_in("/var/tmp").unwrap(), emulated: lab_tests::emulated() };
-        if home.emulated {
-            lab_host(None, &["stop", "--force"]);
-        }
-        home
-    }
-}
-
-impl Drop for OtherHome {
-    fn drop(&mut self) {
-        if self.emulated {
-            lab_host(Some(self.dir.path()), &["stop", "--force"]);
-            lab_host(None, &["start"]);
-        }
-    }
-}
-
-fn lab_host(home: Option<&Path>, arguments: &[&str]) {
-    let mut command = Command::new(lab_tests::program());
-    command.args(["-q", "host"]).args(arguments).envs(home.map(|home| ("LAB_HOME", home)));
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "lab host {arguments:?}: {}", lab_tests::text(&output));
-}
-
 #[test]
 fn an_exported_lab_goes_on_where_nothing_else_is() {
     let name = "exported";
@@ -316,12 +281,12 @@ fn an_exported_lab_goes_on_where_nothing_else_is() {
         assert_eq!(std::fs::read_dir(there.path()).unwrap().count(), 1, "nothing else is left");
     }
     let home = OtherHome::new();
-    let lab = TestLab::to_import(home.dir.path());
+    let lab = TestLab::to_import(home.path());
     let folder = lab.folder().to_str().unwrap();
     let import = ["snapshot", "import", shown, folder];
     for delay in [50, 200, 500] {
         if !kill_after(&lab, &import, Duration::from_millis(delay))
-            || home.dir.path().join("labs").join(name).exists()
+            || home.path().join("labs").join(name).exists()
         {
             lab.run(&["destroy", "--yes"]);
             std::fs::remove_dir_all(folder).unwrap();
@@ -339,7 +304,7 @@ fn an_exported_lab_goes_on_where_nothing_else_is() {
     }
     // All that it is made from came along; nothing was built.
     lab.run(&["up", "--locked"]);
-    assert!(!home.dir.path().join("images").exists());
+    assert!(!home.path().join("images").exists());
     std::fs::write(lab.folder().join("scripts/own.sh"), "echo other >/root/own\n").unwrap();
     assert!(lab.fails(1, &["up", "--locked"]).contains("step own: was "));
     assert_eq!(ask(&lab, "a", "cat /root/own"), "own");

@@ -43,8 +43,15 @@ impl Action for Image {
         Some(lab.store.get(&self.name).map_or_else(|_| String::new(), |image| image.manifest.digest()))
     }
 
+    fn outlives_lab(&self) -> bool {
+        true
+    }
+
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
-        let image = lab.store.ensure(&self.name, &mut |step| task.detail(step))?;
+        let image = match lab.store.get(&self.name) {
+            Err(_) if lab.offline => return Err(Error::Offline(format!("the image {}", self.name))),
+            _ => lab.store.ensure(&self.name, &mut |step| task.detail(step))?,
+        };
         let target = lab.pinned(&folder(&image.manifest));
         let io = |action: &'static str, path: PathBuf| move |source| Error::Io { action, path, source };
         let parent = lab.dirs.dir.join("images");

@@ -1,7 +1,7 @@
 //! A layer: a baked step, run once in a node of its own, for all nodes that have the same image and the same baked steps
 //! before it.
 
-use super::{Action, Boot, Disk, Error, Image, Network, Ready, Script, disk_file, image};
+use super::{Action, Boot, Disk, Error, Image, Network, Ready, Script, disk_file, image, steps};
 use crate::{
     files, lab,
     lab::Lab,
@@ -33,6 +33,13 @@ pub fn keys(
     let manifest = lab.store.get(name)?.manifest;
     let keys = layer::keys(&manifest.digest(), steps.iter().map(Script::digest));
     Ok((manifest, keys))
+}
+
+/// Keys of the layers that a node stands on, or would if it were made now, each with its step, from the image on.
+pub fn of_node(lab: &Lab, node: &Node) -> Result<Vec<(String, String)>, Error> {
+    let steps = steps::baked(lab, node)?;
+    let (_, keys) = keys(lab, &node.image, &steps)?;
+    Ok(keys.into_iter().zip(steps.into_iter().map(|step| step.name)).collect())
 }
 
 impl Layer {
@@ -115,6 +122,10 @@ impl Action for Layer {
         })
     }
 
+    fn outlives_lab(&self) -> bool {
+        true
+    }
+
     fn inputs(&self, _lab: &Lab) -> Option<String> {
         None // those of its step, which each node has in its plan
     }
@@ -123,6 +134,9 @@ impl Action for Layer {
         let users = self.users(lab)?;
         let Some(first) = users.first() else { return Ok(()) };
         let (manifest, keys) = keys(lab, &first.image, &self.steps)?;
+        if lab.offline {
+            return Err(Error::Offline(format!("what `{}` has made of {}", self.describe(), first.image)));
+        }
         let most = |of: fn(&Node) -> u64| users.iter().map(|node| of(node)).max().unwrap_or(0);
         let node = Node {
             name: NODE.into(),

@@ -16,8 +16,8 @@ use std::path::PathBuf;
 pub use boot::Boot;
 pub use disk::{Disk, file_name as disk_file, fresh as fresh_disk, random_id};
 pub use hand_over::kept as given_file;
-pub use image::Image;
-pub use layer::Layer;
+pub use image::{Image, folder as image_folder};
+pub use layer::{Layer, of_node as layer_keys};
 pub use network::Network;
 pub use ready::Ready;
 pub use script::Script;
@@ -85,6 +85,9 @@ pub enum Error {
     /// A bundle.
     #[error(transparent)]
     Bundle(#[from] crate::bundle::Error),
+    /// Files beside the labfile can't be taken along.
+    #[error(transparent)]
+    Enclosed(#[from] crate::enclosed::Error),
     /// A file did not get into or out of a node.
     #[error("step `{step}`: its file {what} did not pass between this machine and the node: {reason}")]
     HandOver {
@@ -97,6 +100,11 @@ pub enum Error {
         /// Whether its node may have gone down meanwhile.
         lost: bool,
     },
+    /// Something is not there, and is not to be made.
+    #[error(
+        "{0} is not in the bundle, and nothing is built or fetched with --offline: make the bundle again with `lab bundle build` for this labfile as it is, or leave --offline out"
+    )]
+    Offline(String),
     /// A script failed in a node.
     #[error(
         "step `{step}` failed: {reason}\n{tail}\n  its output is in {log}; after a change, `lab up` goes on from this step"
@@ -124,6 +132,10 @@ pub trait Action: Send + Sync {
     /// How it is, in a word or two, for `lab plan`.
     fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
         Ok(if self.is_done(lab)? { "done" } else { "to do" })
+    }
+    /// Whether its result is there for other labs, too: an image, a layer.
+    fn outlives_lab(&self) -> bool {
+        false
     }
     /// All that its result depends on, beside what comes before it; `None` if nothing of it lasts.
     fn inputs(&self, lab: &Lab) -> Option<String>;

@@ -2,10 +2,10 @@
 
 use std::{fs::File, process::ExitCode};
 
-use super::{Context, Error, share, ssh};
+use super::{Context, Error, share, ssh, up};
 use crate::{
     actions,
-    cli::{Cli, Command, ForwardAction, SnapshotAction},
+    cli::{Cli, Command, ForwardAction, ImageAction, SnapshotAction},
     fork,
     host::{
         self, Choice,
@@ -35,7 +35,14 @@ fn need(command: &Command) -> Need {
     match command {
         Command::Init { .. }
         | Command::Validate
-        | Command::Image { .. }
+        | Command::Image {
+            action:
+                ImageAction::Ls
+                | ImageAction::Build { .. }
+                | ImageAction::Import { .. }
+                | ImageAction::Verify { .. }
+                | ImageAction::Rm { .. },
+        }
         | Command::Host { .. }
         | Command::Doctor
         | Command::Schema
@@ -49,6 +56,7 @@ fn need(command: &Command) -> Need {
         | Command::Restart { .. }
         | Command::Resume
         | Command::Fork { .. }
+        | Command::Bundle { .. }
         | Command::Snapshot { action: SnapshotAction::Restore { .. } } => Need::Start,
         _ => Need::Look,
     }
@@ -89,7 +97,12 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
                 .progress
                 .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
         }
-        wants.forwards = lab.forwards();
+        if let Command::Up { offline: Some(bundle), .. } = &cli.command {
+            up::take_in(&lab, bundle)?;
+        }
+        if !matches!(cli.command, Command::Bundle { .. }) {
+            wants.forwards = lab.forwards();
+        }
         for used in &lab.topology.stacks {
             actions::bundle_files(&lab, used)?;
         }

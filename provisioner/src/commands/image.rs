@@ -59,6 +59,7 @@ pub fn run(context: &Context, action: ImageAction) -> Result<ExitCode, Error> {
             let image = with_progress(context, &name, "verify", |_| store.verify(&name))?;
             context.print(&Line::new(&image), |line| format!("{} is whole: {}", line.name, line.digest))?;
         }
+        ImageAction::Push { image, name } => return super::push::run(context, &image, name.as_deref()),
         ImageAction::Rm { names } => {
             for name in names {
                 store.remove(&name)?;

@@ -1,5 +1,6 @@
 //! The verbs of the command line, one a file, and what they share.
 
+pub mod bundle;
 pub mod carried;
 pub mod check;
 pub mod console;
@@ -17,6 +18,7 @@ pub mod logs;
 pub mod ls;
 pub mod plan;
 pub mod provision;
+pub mod push;
 pub mod share;
 pub mod snapshot;
 pub mod ssh;
@@ -32,7 +34,7 @@ use serde::Serialize;
 
 use crate::{
     actions, capacity, channel,
-    cli::{Cli, Output},
+    cli::{BundleAction, Cli, Command, Output},
     control, fork as forks, json_file,
     lab::Lab,
     labfile,
@@ -138,6 +140,14 @@ pub struct Context {
     fork: Option<u32>,
 }
 
+/// The labfile that a command line names.
+fn labfile(cli: &Cli) -> Option<&PathBuf> {
+    match &cli.command {
+        Command::Bundle { action: BundleAction::Build { labfile: Some(path), .. } } => Some(path),
+        _ => cli.global.file.as_ref(),
+    }
+}
+
 impl Context {
     /// The context that a command line asks for.
     pub fn new(cli: &Cli) -> Result<Self, Error> {
@@ -145,7 +155,7 @@ impl Context {
             paths: Paths::from_env()?,
             json: cli.global.output == Output::Json,
             progress: Progress::new(cli.global.quiet),
-            file: cli.global.file.clone(),
+            file: labfile(cli).cloned(),
             fork: cli.global.fork,
         })
     }

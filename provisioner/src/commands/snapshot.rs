@@ -45,7 +45,7 @@ pub fn run(context: &Context, action: SnapshotAction) -> Result<ExitCode, Error>
 /// Makes a lab from an exported snapshot.
 fn import(context: &Context, file: &Path, folder: Option<&Path>) -> Result<ExitCode, Error> {
     let reader = pack::Reader::open(file)?;
-    let (lab, name) = (reader.table().lab.clone(), reader.table().snapshot.clone());
+    let (lab, name) = (reader.table().lab.clone(), reader.table().snapshot.clone().unwrap_or_default());
     let folder = folder.map_or_else(|| lab.clone().into(), Path::to_path_buf);
     let task = context.progress.begin(&lab, &format!("import snapshot {name}"));
     let imported = pack::import(&context.paths, reader, &folder, &task);

@@ -1,21 +1,32 @@
 //! `lab up`: brings the lab to what its labfile says.
 
-use std::process::ExitCode;
+use std::{
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use super::{Context, Error, status};
 use crate::{
-    actions, capacity, channel,
+    actions, capacity, channel, host,
     lab::Lab,
     lockfile, plan,
     snapshot::{
         FIRST_UP,
         kept::{self, Found},
+        pack,
     },
+    stack,
 };
 
 /// Brings the lab up.
-pub fn run(context: &Context, fresh: bool, locked: bool) -> Result<ExitCode, Error> {
+pub fn run(context: &Context, fresh: bool, locked: bool, offline: Option<&Path>) -> Result<ExitCode, Error> {
     let mut lab = context.wanted()?;
+    lab.offline = offline.is_some();
+    // Where the command was carried here from has done it, since it sees the whole machine.
+    if let Some(bundle) = offline.filter(|_| !host::is_slow()) {
+        take_in(&lab, bundle)?;
+    }
     // A fork is a copy of something, or it is none.
     if let Some(number) = lab.fork
         && !lab.dirs.state().exists()
@@ -26,6 +37,7 @@ pub fn run(context: &Context, fresh: bool, locked: bool) -> Result<ExitCode, Err
         )));
     }
     let _lock = lab.lock()?;
+    let known = secrets(&lab)?;
     if locked {
         check_locked(&lab)?;
     }
@@ -45,9 +57,57 @@ pub fn run(context: &Context, fresh: bool, locked: bool) -> Result<ExitCode, Err
     }
     status::print(context, &lab)?;
     if !context.json {
+        for secret in secrets(&lab)?.into_iter().filter(|secret| !known.contains(secret)) {
+            context.progress.say(&secret.tell());
+        }
         context.progress.say(&next_steps(&lab));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Something that a stack's step gave and people want to know.
+#[derive(PartialEq)]
+struct Secret {
+    what: String,
+    file: PathBuf,
+    text: String,
+}
+
+impl Secret {
+    /// Itself on a terminal, else where it is: what is not a terminal may be kept.
+    fn tell(&self) -> String {
+        let Self { what, file, text } = self;
+        match std::io::stderr().is_terminal() {
+            true => format!("{what}: {text} (told this once; it is kept in {})", file.display()),
+            false => format!("{what} is in {}", file.display()),
+        }
+    }
+}
+
+/// What there is to know of the lab's stacks.
+fn secrets(lab: &Lab) -> Result<Vec<Secret>, Error> {
+    let mut found = Vec::new();
+    for used in &lab.topology.stacks {
+        for secret in stack::load(used)?.secrets {
+            let file = actions::given_file(lab, &used.name, &secret.file);
+            if let Ok(text) = std::fs::read_to_string(&file) {
+                found.push(Secret { what: secret.description, file, text: text.trim().into() });
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// Takes the images and layers of a bundle.
+pub fn take_in(lab: &Lab, bundle: &Path) -> Result<(), Error> {
+    let task = lab.progress.begin(&lab.topology.name, "take in the bundle");
+    let taken = pack::bundle::take_in(&lab.paths, bundle, &task);
+    if taken.is_ok() {
+        task.done();
+    } else {
+        task.failed();
+    }
+    Ok(taken?)
 }
 
 /// Refuses a lab that is not what was recorded; images that are missing are built for that.

@@ -77,22 +77,27 @@ pub fn gather(lab: &Lab, name: &str) -> Result<Gathered, Error> {
         format: FORMAT,
         lab_version: record.lab_version,
         lab: lab.topology.name.clone(),
-        snapshot: name.into(),
+        snapshot: Some(name.into()),
         created_s: record.created_s,
         data_bytes: 0,
         files: Vec::new(),
     };
-    let mut all = Gathered { table, sources: Vec::new(), pieces: Vec::new() };
-    for (path, source) in found {
-        all.add(path, source)?;
-    }
-    match all.table.check() {
-        Ok(()) => Ok(all),
-        Err(what) => Err(Error::NotExported { name: name.into(), what }),
-    }
+    Gathered::of(table, found)
 }
 
 impl Gathered {
+    /// What a table will list: files as they are called in it, and where they are.
+    pub fn of(table: Table, files: Vec<(String, PathBuf)>) -> Result<Self, Error> {
+        let mut all = Self { table, sources: Vec::new(), pieces: Vec::new() };
+        for (path, source) in files {
+            all.add(path, source)?;
+        }
+        match all.table.check() {
+            Ok(()) => Ok(all),
+            Err(what) => Err(Error::NotExported { name: all.table.lab.clone(), what }),
+        }
+    }
+
     pub(super) fn add(&mut self, path: String, source: PathBuf) -> Result<(), Error> {
         let io = |error| Error::read(&source, error);
         let file = File::open(&source).map_err(io)?;
@@ -150,7 +155,7 @@ fn beside_labfile(labfile: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
 }
 
 /// The regular files in a folder, by name.
-fn files_of(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+pub fn files_of(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     let io = |source| Error::read(folder, source);
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(io)? {

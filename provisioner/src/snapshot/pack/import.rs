@@ -39,6 +39,7 @@ pub struct Imported {
 /// Imports an exported snapshot, with its labfile in `folder`.
 pub fn import(paths: &Paths, mut reader: Reader, folder: &Path, task: &Task) -> Result<Imported, Error> {
     let table = reader.table().clone();
+    let Some(snapshot) = &table.snapshot else { return Err(Error::IsBundle(reader.path().into())) };
     let dirs = paths.lab(&table.lab);
     refuse_existing(&dirs, &table.lab)?;
     fits(folder, "", &table)?;
@@ -50,7 +51,7 @@ pub fn import(paths: &Paths, mut reader: Reader, folder: &Path, task: &Task) -> 
         .ok_or_else(|| Error::Busy(place.root().into()))?;
     let unpacked = place.unpack(&mut reader, task).and_then(|()| {
         let lab = LabPaths { dir: place.lab(), ..dirs.clone() };
-        check(&lab, &table).map_err(|what| Error::Refused { path: reader.path().into(), what })
+        check(&lab, &table, snapshot).map_err(|what| Error::Refused { path: reader.path().into(), what })
     });
     let mut record = match unpacked {
         Err(error @ (Error::Damaged { .. } | Error::Refused { .. } | Error::Cut { .. })) => {
@@ -68,7 +69,7 @@ pub fn import(paths: &Paths, mut reader: Reader, folder: &Path, task: &Task) -> 
         stack.folder = Some(folder.join("stacks").join(&stack.name));
     }
     let lab = LabPaths { dir: place.lab(), ..dirs.clone() };
-    json_file::write(&super::super::folder(&lab, &table.snapshot).join("snapshot.json"), &record)?;
+    json_file::write(&super::super::folder(&lab, snapshot).join("snapshot.json"), &record)?;
     LabState { came_up: true, ..record.state.clone() }.write(&lab)?;
     take_place(&place, &dirs, &table.lab)?;
     place.remove()?;
@@ -110,9 +111,9 @@ fn take_place(place: &Place, dirs: &LabPaths, name: &str) -> Result<(), Error> {
 }
 
 /// What was unpacked must be a lab with a snapshot, and lead to no other file of this machine: names in it become paths.
-fn check(lab: &LabPaths, table: &Table) -> Result<Record, String> {
+fn check(lab: &LabPaths, table: &Table, snapshot: &str) -> Result<Record, String> {
     let text = |error: &dyn std::fmt::Display| error.to_string();
-    let path = super::super::folder(lab, &table.snapshot).join("snapshot.json");
+    let path = super::super::folder(lab, snapshot).join("snapshot.json");
     let record: Record = json_file::read(&path).map_err(|e| text(&e))?.ok_or("it has no snapshot.json")?;
     if record.format != FORMAT {
         return Err(format!(
@@ -141,24 +142,37 @@ fn check(lab: &LabPaths, table: &Table) -> Result<Record, String> {
         if image.contains('/') || !has(format!("images/{image}/manifest.json")) {
             return Err(format!("the image `{}` is missing", image.escape_debug()));
         }
-        let path = lab.dir.join("images").join(image).join("manifest.json");
-        let manifest: Manifest =
-            json_file::read(&path).map_err(|e| text(&e))?.ok_or("an image's manifest is missing")?;
-        if manifest.files.keys().chain([&manifest.root_file]).any(|file| file.contains('/') || file == "..") {
-            return Err(format!("the image `{image}` names files elsewhere"));
-        }
+        check_image(&lab.dir.join("images").join(image))?;
         for id in &node.layers {
             if id.contains('/') || !has(format!("layers/{id}/overlay.qcow2")) {
                 return Err(format!("the layer `{}` is missing", id.escape_debug()));
             }
-            for file in layers::chain(&layers::path(lab, id)).map_err(|e| text(&e))? {
-                if !file.canonicalize().is_ok_and(|file| file.starts_with(&inside)) {
-                    return Err(format!("a disk lies on {}, which is no file of the lab", file.display()));
-                }
-            }
+            check_disk(&layers::path(lab, id), &inside)?;
         }
     }
     Ok(record)
+}
+
+/// An image's manifest must name no files elsewhere; gives it.
+pub(super) fn check_image(folder: &Path) -> Result<Manifest, String> {
+    let manifest: Option<Manifest> =
+        json_file::read(&folder.join("manifest.json")).map_err(|error| error.to_string())?;
+    let manifest = manifest.ok_or("an image's manifest is missing")?;
+    let elsewhere = |file: &String| file.contains('/') || file == "..";
+    if manifest.files.keys().chain([&manifest.root_file]).any(elsewhere) {
+        return Err(format!("the image {} names files elsewhere", folder.display()));
+    }
+    Ok(manifest)
+}
+
+/// A disk must lie on no file outside of a folder, which is given by its real path.
+pub(super) fn check_disk(disk: &Path, inside: &Path) -> Result<(), String> {
+    for file in layers::chain(disk).map_err(|error| error.to_string())? {
+        if !file.canonicalize().is_ok_and(|file| file.starts_with(inside)) {
+            return Err(format!("a disk lies on {}, which is no file of the lab", file.display()));
+        }
+    }
+    Ok(())
 }
 
 /// Whether a folder is not there, or has nothing but what an import that was cut off has put there.

@@ -1,12 +1,14 @@
-//! Whole snapshots as files: a snapshot with all that it needs, its lab's key and its labfile, for another machine or another
-//! LAB_HOME.
+//! Packed files: a snapshot with all that it needs, its lab's key and its labfile, for another machine or another LAB_HOME;
+//! or a bundle with all that an `up` of a lab would fetch or build, for a machine without a network.
 //!
 //! - `table`: what is in such a file; `format`: its bytes
 //! - `gather`, `sparse`: what belongs to a snapshot, and where it has data
 //! - `export`: the file is written; `unpack`: it is read; `import`: what was read becomes a lab
+//! - `bundle`: both ways for bundles
 //!
 //! Both directions go on where they were cut off, and nothing has its name before it is whole.
 
+pub mod bundle;
 mod export;
 mod format;
 mod gather;
@@ -33,10 +35,28 @@ pub enum Error {
     #[error("another lab command is writing {0}: wait for its end, then try again")]
     Busy(PathBuf),
     /// No file of ours.
-    #[error("{0} is no exported snapshot: `lab snapshot export NAME FILE` writes one")]
+    #[error("{0} was written neither by `lab snapshot export` nor by `lab bundle build`")]
     Foreign(PathBuf),
+    /// The one, not the other.
+    #[error("{0} is a bundle, not a snapshot: `lab up --offline {0}` uses it")]
+    IsBundle(PathBuf),
+    /// The other, not the one.
+    #[error("{0} is a snapshot, not a bundle: `lab snapshot import {0}` makes a lab of it")]
+    IsSnapshot(PathBuf),
+    /// A bundle of a lab's has to be complete.
+    #[error("the layer of `{0}` is not there: it was removed just now, so run this again")]
+    NoLayer(String),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] lab_images::store::Error),
+    /// A layer.
+    #[error(transparent)]
+    Layer(#[from] crate::layer::Error),
+    /// What the lab needs can't be found out.
+    #[error("{0}")]
+    Action(Box<crate::actions::Error>),
     /// A file of ours that was never finished.
-    #[error("{0} is of an export that was cut off: run it again, it goes on where it was")]
+    #[error("{0} was cut off while it was written: run that again, it goes on where it was")]
     Unfinished(PathBuf),
     /// A file that is too short.
     #[error("{path} is cut off after {} of {} MiB: copy it again", mib(*is), mib(*of))]
@@ -49,7 +69,7 @@ pub enum Error {
         of: u64,
     },
     /// A file that has changed.
-    #[error("{path} is damaged at byte {at} ({what}): copy it again, or export the snapshot again")]
+    #[error("{path} is damaged at byte {at} ({what}): copy it again, or make it again")]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -59,7 +79,7 @@ pub enum Error {
         what: String,
     },
     /// A file that lab does not write.
-    #[error("{path} is not used, since {what}: it was not made by `lab snapshot export` as it is")]
+    #[error("{path} is not used, since {what}: lab did not write it as it is")]
     Refused {
         /// The file.
         path: PathBuf,
@@ -94,7 +114,7 @@ pub enum Error {
     #[error("{0} has changed while it was exported: run it again")]
     Changed(PathBuf),
     /// zstd failed.
-    #[error("the snapshot's data cannot be packed: is there memory left?")]
+    #[error("the data cannot be packed: is there memory left?")]
     Packing,
     /// There is a lab of this name.
     #[error("there is a lab `{lab}` already: {remedy}, then import again")]

@@ -1,5 +1,5 @@
-//! The table of contents of an exported snapshot: which files it has. Whoever wrote it may have meant harm: a table that was
-//! checked names nothing but files of one lab, in their places.
+//! The table of contents of a packed file, an exported snapshot or an offline bundle: which files it has. Whoever wrote it
+//! may have meant harm: a table that was checked names nothing but files of one lab, or of a bundle, in their places.
 
 use std::collections::BTreeSet;
 
@@ -16,6 +16,8 @@ pub const FOLDER: &str = "labfile";
 pub const LABFILE: &str = "lab.toml";
 /// Name of the lab's private key; that of the public one has `.pub` behind it.
 const KEY: &str = "id_ed25519";
+/// Folder of a bundle for files of the bundles that stacks use.
+pub const BUNDLES: &str = "bundles";
 /// Longest file: what file systems can have as a sparse one.
 const LENGTH_MAX: u64 = 1 << 43;
 /// Longest path, in bytes.
@@ -23,18 +25,19 @@ const PATH_MAX: usize = 1024;
 /// Longest name of a file or folder, in bytes.
 const NAME_MAX: usize = 255;
 
-/// What an exported snapshot holds.
+/// What a packed file holds.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Table {
     /// [`FORMAT`].
     pub format: u32,
-    /// Version of lab that the snapshot was made by.
+    /// Version of lab that it was made by.
     pub lab_version: String,
     /// Name of the lab.
     pub lab: String,
-    /// Name of the snapshot.
-    pub snapshot: String,
-    /// When the snapshot was made: seconds since 1970.
+    /// Name of the snapshot; `None` for a bundle, which has what an `up` of the lab would fetch or build.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// When it was made: seconds since 1970.
     pub created_s: u64,
     /// Space that all files take, at most, without their holes.
     pub data_bytes: u64,
@@ -45,7 +48,7 @@ pub struct Table {
 /// A file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
-    /// Its place: in the lab's folder, or in [`FOLDER`].
+    /// Its place: in the lab's folder, in [`FOLDER`], or in a bundle.
     pub path: String,
     /// Its length in bytes, holes included.
     pub length: u64,
@@ -59,7 +62,7 @@ pub struct Entry {
 impl Table {
     /// What is wrong with it, if anything.
     pub fn check(&self) -> Result<(), String> {
-        for name in [&self.lab, &self.snapshot] {
+        for name in [Some(&self.lab), self.snapshot.as_ref()].into_iter().flatten() {
             check_name(name).map_err(|_| format!("`{}` is no name", name.escape_debug()))?;
         }
         let mut files = BTreeSet::new();
@@ -86,10 +89,11 @@ impl Table {
                 return Err(format!("`{}` lies in a file", file.escape_debug()));
             }
         }
+        let Some(snapshot) = &self.snapshot else { return Ok(()) };
         let needed = [
             format!("{FOLDER}/{LABFILE}"),
             format!("ssh/{KEY}"),
-            format!("snapshots/{}/snapshot.json", self.snapshot),
+            format!("snapshots/{snapshot}/snapshot.json"),
         ];
         match needed.iter().find(|path| !files.contains(path.as_str())) {
             Some(path) => Err(format!("`{path}` is missing")),
@@ -97,7 +101,7 @@ impl Table {
         }
     }
 
-    /// Whether a file of a lab can be there.
+    /// Whether a file of a lab, or of a bundle, can be there.
     fn is_place(&self, path: &str) -> bool {
         let parts: Vec<&str> = path.split('/').collect();
         let plain = |part: &&str| {
@@ -105,17 +109,20 @@ impl Table {
         };
         path.len() <= PATH_MAX
             && parts.iter().all(plain)
-            && match parts.as_slice() {
+            && match (&self.snapshot, parts.as_slice()) {
+                (_, ["images", folder, _]) => !folder.starts_with('.'),
+                (_, ["layers", id, "overlay.qcow2"]) => !id.starts_with('.'),
+                (None, ["layers", id, "layer.json"]) => !id.starts_with('.'),
+                (None, [BUNDLES, file]) => !file.starts_with('.'),
+                (None, _) => false,
                 // What git would run by itself is no part of a lab.
-                [FOLDER, rest @ ..] => {
+                (_, [FOLDER, rest @ ..]) => {
                     !rest.is_empty() && !rest.iter().any(|part| part.eq_ignore_ascii_case(".git"))
                 }
-                ["ssh", file] => file.strip_suffix(".pub").unwrap_or(file) == KEY,
-                [SECRETS, file] => !file.starts_with('.'),
-                ["images", folder, _] => !folder.starts_with('.'),
-                ["layers", id, "overlay.qcow2"] => !id.starts_with('.'),
-                ["snapshots", name, "snapshot.json"] => *name == self.snapshot,
-                ["snapshots", name, node, _] => *name == self.snapshot && !node.starts_with('.'),
+                (_, ["ssh", file]) => file.strip_suffix(".pub").unwrap_or(file) == KEY,
+                (_, [SECRETS, file]) => !file.starts_with('.'),
+                (Some(snapshot), ["snapshots", name, "snapshot.json"]) => name == snapshot,
+                (Some(snapshot), ["snapshots", name, node, _]) => name == snapshot && !node.starts_with('.'),
                 _ => false,
             }
     }
@@ -132,7 +139,7 @@ mod tests {
             format: FORMAT,
             lab_version: "1".into(),
             lab: "demo".into(),
-            snapshot: "one".into(),
+            snapshot: Some("one".into()),
             created_s: 1,
             data_bytes: 0,
             files: needed.iter().chain(paths).map(file).collect(),
@@ -192,6 +199,26 @@ mod tests {
     }
 
     #[test]
+    fn a_bundle_has_images_and_layers_alone() {
+        let bundle = |path: &str| {
+            let mut table = table(&[path]);
+            table.snapshot = None;
+            table.files.drain(..3);
+            table.check()
+        };
+        for good in
+            ["images/tiny-0/root.img", "layers/k/layer.json", "layers/k/overlay.qcow2", "bundles/SHA256SUMS"]
+        {
+            assert_eq!(bundle(good), Ok(()), "{good}");
+        }
+        for bad in
+            ["labfile/lab.toml", "ssh/id_ed25519", "secrets/x", "bundles/a/b", "bundles/.x", "layers/k/x"]
+        {
+            assert!(bundle(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn names_and_lengths_are_bounded() {
         let changed = |change: &dyn Fn(&mut Table)| {
             let mut table = table(&[]);
@@ -199,7 +226,7 @@ mod tests {
             table.check()
         };
         assert!(changed(&|table| table.lab = "../x".into()).is_err());
-        assert!(changed(&|table| table.snapshot = "..".into()).is_err());
+        assert!(changed(&|table| table.snapshot = Some("..".into())).is_err());
         assert!(changed(&|table| table.files[0].length = u64::MAX).is_err());
         assert!(changed(&|table| table.data_bytes = u64::MAX).is_err());
         assert!(changed(&|table| table.files.truncate(1)).unwrap_err().contains("is missing"));

@@ -13,9 +13,9 @@ fn damaged_files_are_refused() {
         fs::write(&bad, bytes).unwrap();
         made.refused(&bad, says);
     };
-    given(b"", "is no exported snapshot");
-    given(b"[1, 2]", "is no exported snapshot");
-    given(&whole[1..], "is no exported snapshot");
+    given(b"", "was written neither by");
+    given(b"[1, 2]", "was written neither by");
+    given(&whole[1..], "was written neither by");
     given(&whole[..whole.len() / 2], "is cut off after ");
     given(&whole[..whole.len() - 1], "copy it again");
     given(&[&whole[..], b"x"].concat(), "goes on behind its end");

@@ -1,0 +1,216 @@
+//! Offline bundles: the images and layers of a lab's nodes, and the files of bundles that its stacks use, as one file. What a
+//! baked step downloads is in its layer, so this is all that an `up` fetches or builds.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use lab_images::store::Store as Images;
+use sha2::{Digest, Sha256};
+
+use super::{
+    Error, Reader, export,
+    gather::{Gathered, files_of},
+    import::{check_disk, check_image},
+    table::{BUNDLES, FORMAT, Table},
+    unpack::{Place, clear},
+};
+use crate::{
+    actions,
+    bundle::SUMS,
+    files::hex,
+    json_file,
+    lab::Lab,
+    layer::{Layer, OVERLAY, Store as Layers},
+    lock,
+    paths::{Paths, private_dir},
+    progress::Task,
+};
+
+/// Writes what an `up` of the lab needs to a file that is not there yet. Images and layers have to be there.
+pub fn build(lab: &Lab, name: &str, file: &Path, task: &Task) -> Result<(), Error> {
+    if file.symlink_metadata().is_ok() {
+        return Err(Error::Exists(file.into()));
+    }
+    let action = |error: actions::Error| Error::Action(Box::new(error));
+    let mut found: Vec<(String, PathBuf)> = Vec::new();
+    let mut add = |path: String, source: PathBuf| {
+        if !found.iter().any(|(known, _)| *known == path) {
+            found.push((path, source));
+        }
+    };
+    let layers = lab.paths.home().join("layers");
+    for node in &lab.topology.nodes {
+        let image = lab.store.get(&node.image)?;
+        let folder = actions::image_folder(&image.manifest);
+        for source in files_of(&image.dir)? {
+            let file = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            add(format!("images/{folder}/{file}"), source);
+        }
+        for (key, step) in actions::layer_keys(lab, node).map_err(action)? {
+            if Layers::new(lab.paths.home()).get(&key)?.is_none() {
+                return Err(Error::NoLayer(step));
+            }
+            for file in ["layer.json", OVERLAY] {
+                add(format!("layers/{key}/{file}"), layers.join(&key).join(file));
+            }
+        }
+    }
+    let mut sums = String::new();
+    for used in &lab.topology.stacks {
+        for file in actions::bundle_files(lab, used).map_err(action)? {
+            sums += &format!("{}  {}\n", file.sha256, file.file_name());
+            add(format!("{BUNDLES}/{}", file.file_name()), file.path);
+        }
+    }
+    let write = |source| Error::write(file, source);
+    let list = tempfile::NamedTempFile::new().map_err(write)?;
+    if !sums.is_empty() {
+        fs::write(list.path(), &sums).map_err(write)?;
+        add(format!("{BUNDLES}/{SUMS}"), list.path().into());
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
+    let table = Table {
+        format: FORMAT,
+        lab_version: env!("CARGO_PKG_VERSION").into(),
+        lab: name.into(),
+        snapshot: None,
+        // An earlier try of the same contents is gone on with.
+        created_s: now.map_or(0, |now| now.as_secs()) / 86400 * 86400,
+        data_bytes: 0,
+        files: Vec::new(),
+    };
+    export::write(&Gathered::of(table, found)?, file, task)
+}
+
+/// Takes in what a bundle has and LAB_HOME has not: its images in the place of others of the same names, its layers, and
+/// its files as `LAB_HOME/bundles/offline-LAB`.
+pub fn take_in(paths: &Paths, file: &Path, task: &Task) -> Result<(), Error> {
+    let mut reader = Reader::open(file)?;
+    let table = reader.table().clone();
+    if table.snapshot.is_some() {
+        return Err(Error::IsSnapshot(file.into()));
+    }
+    let home = Home { paths, bundles: paths.home().join("bundles").join(format!("offline-{}", table.lab)) };
+    if home.has_all(&table)? {
+        return Ok(());
+    }
+    let place = Place::new(paths.home().join(".offline.import"));
+    private_dir(place.root())?;
+    let path = place.root().join("lock");
+    let _lock = lock::try_lock(&path)
+        .map_err(|source| Error::write(&path, source))?
+        .ok_or_else(|| Error::Busy(place.root().into()))?;
+    let unpacked = place.unpack(&mut reader, task).and_then(|()| {
+        check(&place.lab(), &table).map_err(|what| Error::Refused { path: file.into(), what })
+    });
+    if let Err(error @ (Error::Damaged { .. } | Error::Refused { .. } | Error::Cut { .. })) = unpacked {
+        // It won't do better the next time. What can't be removed does not matter.
+        drop(place.remove());
+        return Err(error);
+    }
+    unpacked?;
+    task.detail("put it in its place");
+    home.take(&place.lab(), &table)?;
+    place.remove()
+}
+
+/// The folders of one kind in a table.
+fn folders<'t>(table: &'t Table, kind: &'t str) -> Vec<&'t str> {
+    let mut found: Vec<&str> = table
+        .files
+        .iter()
+        .filter_map(|file| file.path.strip_prefix(kind)?.strip_prefix('/')?.split_once('/'))
+        .map(|(folder, _)| folder)
+        .collect();
+    found.dedup();
+    found
+}
+
+/// What was unpacked must be whole images and layers that stand on each other and on nothing else of this machine.
+fn check(root: &Path, table: &Table) -> Result<(), String> {
+    let inside = root.canonicalize().map_err(|error| error.to_string())?;
+    let images = folders(table, "images");
+    for image in &images {
+        let manifest = check_image(&root.join("images").join(image))?;
+        if actions::image_folder(&manifest) != **image {
+            return Err(format!("the image `{}` is another one", image.escape_debug()));
+        }
+    }
+    let layers = folders(table, "layers");
+    for key in &layers {
+        let folder = root.join("layers").join(key);
+        let layer: Option<Layer> =
+            json_file::read(&folder.join("layer.json")).map_err(|error| error.to_string())?;
+        let layer = layer.ok_or_else(|| format!("the layer `{}` is missing", key.escape_debug()))?;
+        let below = layer.parent.as_ref().is_none_or(|parent| layers.contains(&parent.as_str()));
+        if !below || !images.contains(&layer.image.as_str()) || !key.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(format!("what the layer `{}` stands on is missing", key.escape_debug()));
+        }
+        check_disk(&folder.join(OVERLAY), &inside)?;
+    }
+    Ok(())
+}
+
+/// Where a bundle's content goes.
+struct Home<'p> {
+    paths: &'p Paths,
+    /// Folder for the files of bundles.
+    bundles: PathBuf,
+}
+
+impl Home<'_> {
+    fn images(&self) -> Images {
+        Images::open(&self.paths.images())
+    }
+
+    fn layers(&self) -> Layers {
+        Layers::new(self.paths.home())
+    }
+
+    /// Whether there is nothing to be taken.
+    fn has_all(&self, table: &Table) -> Result<bool, Error> {
+        for folder in folders(table, "images") {
+            let name = folder.rsplit_once('-').map_or(folder, |(name, _)| name);
+            if !self.images().get(name).is_ok_and(|image| actions::image_folder(&image.manifest) == folder) {
+                return Ok(false);
+            }
+        }
+        for key in folders(table, "layers") {
+            if self.layers().get(key)?.is_none() {
+                return Ok(false);
+            }
+        }
+        let sums = table.files.iter().find(|file| file.path == format!("{BUNDLES}/{SUMS}"));
+        Ok(match sums {
+            None => true,
+            Some(entry) => fs::read(self.bundles.join(SUMS))
+                .is_ok_and(|text| entry.sha256.as_ref() == Some(&hex(&Sha256::digest(text)))),
+        })
+    }
+
+    /// Gives what was unpacked its places.
+    fn take(&self, root: &Path, table: &Table) -> Result<(), Error> {
+        for folder in folders(table, "images") {
+            self.images().adopt(&root.join("images").join(folder))?;
+        }
+        for key in folders(table, "layers") {
+            let folder = root.join("layers").join(key);
+            if self.layers().get(key)?.is_none()
+                && let Some(layer) = json_file::read::<Layer>(&folder.join("layer.json"))?
+            {
+                self.layers().add(key, &layer, &folder.join(OVERLAY))?;
+            }
+        }
+        let files = root.join(BUNDLES);
+        if files.exists() {
+            clear(&self.bundles)?;
+            if let Some(parent) = self.bundles.parent() {
+                private_dir(parent)?;
+            }
+            fs::rename(&files, &self.bundles).map_err(|source| Error::write(&self.bundles, source))?;
+        }
+        Ok(())
+    }
+}
