@@ -2,27 +2,16 @@
 # registries are spoken to over TLS.
 set -eu
 packages="docker.io docker-cli ca-certificates"
+[ "$LAB_OPT_PLUGINS" = no ] || packages="$packages docker-buildx docker-compose"
+[ -z "$LAB_OPT_MIRROR" ] || packages="$packages jq"
+[ "$LAB_OPT_ROOTLESS" = no ] || packages="$packages rootlesskit uidmap slirp4netns dbus-user-session"
+# shellcheck disable=SC2086 # one word a package
+packages $packages
 
-export DEBIAN_FRONTEND=noninteractive
-apt() {
-    apt-get -q -y -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 "$@"
-}
-
-is_installed() {
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2> /dev/null)" = installed ]
-}
-
-missing=
-for package in $packages; do
-    is_installed "$package" || missing="$missing $package"
-done
-if [ -n "$missing" ]; then
-    # An installation that was cut short is finished first.
-    dpkg --configure -a
-    apt update
-    # shellcheck disable=SC2086 # one word a package
-    apt install --fix-broken --no-install-recommends $missing
-    apt clean
+if [ "$LAB_OPT_ROOTLESS" = yes ]; then
+    # Debian has upstream's two scripts, but not where they look for each other and for the programs.
+    ln -sf /usr/share/docker.io/contrib/dockerd-rootless.sh /usr/share/docker.io/contrib/dockerd-rootless-setuptool.sh \
+        /usr/bin/
 fi
 
 # Containers are layers of overlayfs, and their bridge's traffic passes the firewall.

@@ -1,11 +1,16 @@
-# What Prometheus looks at: the lab's nodes, as the labfile has them. It reads the targets again when they change.
+# What Prometheus looks at: the lab's nodes, as the labfile has them, and the cluster, if the step `cluster` has found
+# one. It reads the nodes again when they change.
 set -eu
 every=15s
+seldom=30s
 if [ "$LAB_PATIENCE" -gt 1 ]; then
-    every=30s # an emulated node takes seconds to gather what it is asked for
+    # An emulated node takes seconds to gather what it is asked for, and an API server has much to tell.
+    every=30s
+    seldom=60s
 fi
 folder=/etc/prometheus
-mkdir -p $folder/targets $folder/consoles
+cluster=$folder/kubernetes
+mkdir -p $folder/targets $folder/consoles $folder/console_libraries
 
 separator=
 {
@@ -36,58 +41,73 @@ scrape_configs:
 - job_name: node
   file_sd_configs: [{files: [$folder/targets/nodes.json]}]
 END
+if [ -e $cluster/token ]; then
+    # Kubelets have certificates that nobody signed, so those are not checked. Of histograms only sums and counts are
+    # kept: their buckets are most of what an API server tells, and no page shows them.
+    cat >> $folder/prometheus.yml << END
 
-cat > $folder/lab-rules.yml << 'END'
-groups:
-- name: nodes
-  rules:
-  - alert: NodeDown
-    expr: up{job="node"} == 0
-    for: 30s
-    labels: {severity: critical}
-    annotations: {summary: "{{ $labels.node }} cannot be asked for its metrics"}
-  - alert: DiskFull
-    expr: node_filesystem_avail_bytes{mountpoint="/"} / node_filesystem_size_bytes{mountpoint="/"} < 0.1
-    for: 5m
-    labels: {severity: warning}
-    annotations: {summary: "less than a tenth of {{ $labels.node }}'s disk is free"}
-  - alert: MemoryLow
-    expr: node_memory_MemAvailable_bytes / node_memory_MemTotal_bytes < 0.1
-    for: 5m
-    labels: {severity: warning}
-    annotations: {summary: "less than a tenth of {{ $labels.node }}'s memory is available"}
+- job_name: apiserver
+  scheme: https
+  scrape_interval: $seldom
+  scrape_timeout: $seldom
+  authorization: &token {credentials_file: $cluster/token}
+  tls_config: &checked {ca_file: $cluster/ca.crt}
+  static_configs: [{targets: ["$LAB_IP:6443"], labels: {node: $LAB_NODE}}]
+  metric_relabel_configs: &without_buckets
+  - {source_labels: [__name__], regex: ".+_bucket", action: drop}
+
+- job_name: kubelet
+  scheme: https
+  scrape_interval: $seldom
+  scrape_timeout: $seldom
+  authorization: *token
+  tls_config: &unchecked {insecure_skip_verify: true}
+  kubernetes_sd_configs: &nodes
+  - {role: node, api_server: "https://$LAB_IP:6443", authorization: *token, tls_config: *checked}
+  relabel_configs: &named
+  - {source_labels: [__meta_kubernetes_node_name], target_label: node}
+  metric_relabel_configs: *without_buckets
+
+- job_name: cadvisor # what the kubelets know of containers
+  scheme: https
+  metrics_path: /metrics/cadvisor
+  scrape_interval: $seldom
+  scrape_timeout: $seldom
+  authorization: *token
+  tls_config: *unchecked
+  kubernetes_sd_configs: *nodes
+  relabel_configs: *named
+
+# Pods that have the annotation prometheus.io/scrape: "true". prometheus.io/port and prometheus.io/path say where;
+# otherwise it is every port that the pod declares, and /metrics.
+- job_name: pods
+  scrape_interval: $seldom
+  scrape_timeout: $seldom
+  kubernetes_sd_configs:
+  - {role: pod, api_server: "https://$LAB_IP:6443", authorization: *token, tls_config: *checked}
+  relabel_configs:
+  - {source_labels: [__meta_kubernetes_pod_annotation_prometheus_io_scrape], regex: "true", action: keep}
+  - {source_labels: [__meta_kubernetes_pod_phase], regex: Running, action: keep}
+  - {source_labels: [__meta_kubernetes_pod_annotation_prometheus_io_path], regex: (.+), target_label: __metrics_path__}
+  - source_labels: [__meta_kubernetes_pod_ip, __meta_kubernetes_pod_annotation_prometheus_io_port]
+    regex: (.+);(.+)
+    replacement: \$1:\$2
+    target_label: __address__
+  - {source_labels: [__meta_kubernetes_pod_node_name], target_label: node}
+  - {source_labels: [__meta_kubernetes_namespace], target_label: namespace}
+  - {source_labels: [__meta_kubernetes_pod_name], target_label: pod}
 END
+fi
+
+# What pages, dashboards and alerts are made of, and the pages: /consoles/nodes.html, cluster.html, containers.html.
+install -m 644 "$LAB_STEP/rules.yml" $folder/lab-rules.yml
+install -m 644 "$LAB_STEP/lab.lib" $folder/console_libraries/
+install -m 644 "$LAB_STEP/nodes.html" "$LAB_STEP/cluster.html" "$LAB_STEP/containers.html" $folder/consoles/
 
 cat > $folder/alertmanager.yml << 'END'
 # Alerts are shown at port 9093, and sent to nobody until a receiver has an address here.
 route: {receiver: nobody, group_by: [alertname], group_wait: 5s, group_interval: 1m, repeat_interval: 1h}
 receivers: [{name: nobody}]
-END
-
-# A page of Prometheus' own, /consoles/nodes.html, where there is no Grafana.
-cat > $folder/consoles/nodes.html << 'END'
-<!DOCTYPE html>
-<html>
-<head><title>Nodes of the lab</title><meta charset="utf-8"><meta http-equiv="refresh" content="15">
-<style>body { font-family: sans-serif } td, th { padding: 4px 12px; text-align: right } td:first-child { text-align: left }</style></head>
-<body>
-<h1>Nodes of the lab</h1>
-<table>
-<tr><th>node</th><th>up</th><th>processors in use</th><th>memory in use</th><th>disk in use</th><th>received a second</th><th>sent a second</th></tr>
-{{ range query "up{job='node'}" | sortByLabel "node" }}{{ $node := .Labels.node }}
-<tr>
-<td>{{ $node }}</td>
-<td>{{ if eq .Value 1.0 }}yes{{ else }}<b>no</b>{{ end }}</td>
-<td>{{ with printf "1 - avg(rate(node_cpu_seconds_total{mode='idle',node='%s'}[5m]))" $node | query }}{{ . | first | value | humanizePercentage }}{{ end }}</td>
-<td>{{ with printf "1 - node_memory_MemAvailable_bytes{node='%s'} / node_memory_MemTotal_bytes{node='%s'}" $node $node | query }}{{ . | first | value | humanizePercentage }}{{ end }}</td>
-<td>{{ with printf "1 - node_filesystem_avail_bytes{mountpoint='/',node='%s'} / node_filesystem_size_bytes{mountpoint='/',node='%s'}" $node $node | query }}{{ . | first | value | humanizePercentage }}{{ end }}</td>
-<td>{{ with printf "sum(rate(node_network_receive_bytes_total{device!='lo',node='%s'}[5m]))" $node | query }}{{ . | first | value | humanize1024 }}B{{ end }}</td>
-<td>{{ with printf "sum(rate(node_network_transmit_bytes_total{device!='lo',node='%s'}[5m]))" $node | query }}{{ . | first | value | humanize1024 }}B{{ end }}</td>
-</tr>
-{{ end }}
-</table>
-</body>
-</html>
 END
 
 promtool check config $folder/prometheus.yml

@@ -1,12 +1,5 @@
-# The registry from Debian's archive.
+# The registry from Debian's archive, and what `lab image push` brings images into it with.
 set -eu
-export DEBIAN_FRONTEND=noninteractive
-apt() {
-    apt-get -q -y -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 "$@"
-}
-dpkg --configure -a
-apt update
-apt install --fix-broken --no-install-recommends docker-registry openssl
-apt clean
+packages docker-registry openssl skopeo
 # The lab's own configuration comes with the step `serve`.
 systemctl disable --now docker-registry.service
