@@ -1,6 +1,6 @@
 # The bundle's images into containerd's store, where pods find them without a registry.
 set -eu
-systemctl restart containerd.service # with its new configuration
+systemctl start containerd.service
 zstd -dc --long=27 "$LAB_STEP/k8s-images.oci.tar.zst" | ctr --namespace k8s.io images import -
 # Their unpacked files are in its snapshots: what they were unpacked from need not stay in memory until power off.
 systemctl stop containerd.service

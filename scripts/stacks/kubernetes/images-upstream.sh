@@ -1,5 +1,52 @@
-# The control plane's images, so that nodes find them without a download.
+# The control plane's images and what the labfile's options add to the cluster, so that nodes find all of it without a
+# download: manifests in /usr/local/share/lab/kubernetes, the images that those name in containerd's store.
 set -eu
-systemctl restart containerd.service # with its new configuration
+rm -f /etc/containerd/config.toml # Docker's package switches off what Kubernetes talks to
+systemctl restart containerd.service
 kubeadm config images pull --kubernetes-version "$(kubeadm version -o short)"
+
+manifests=/usr/local/share/lab/kubernetes
+mkdir -p $manifests
+github=https://github.com
+raw=https://raw.githubusercontent.com
+case $LAB_OPT_NETWORK in
+    flannel)
+        download $github/flannel-io/flannel/releases/download/v0.27.4/kube-flannel.yml $manifests/network.yaml
+        # It has the pods' addresses in its configuration.
+        sed -i "s,10\.244\.0\.0/16,$LAB_OPT_POD_NETWORK," $manifests/network.yaml
+        ;;
+    calico)
+        # It finds the pods' addresses in kubeadm's configuration.
+        download $raw/projectcalico/calico/v3.31.2/manifests/calico.yaml $manifests/network.yaml
+        ;;
+esac
+if [ "$LAB_OPT_METRICS_SERVER" = true ]; then
+    download $github/kubernetes-sigs/metrics-server/releases/download/v0.8.0/components.yaml $manifests/metrics-server.yaml
+    # Kubelets have certificates of their own making.
+    sed -i 's,^\( *\)- --metric-resolution.*,&\n\1- --kubelet-insecure-tls,' $manifests/metrics-server.yaml
+    grep -q kubelet-insecure-tls $manifests/metrics-server.yaml
+fi
+if [ -n "$LAB_OPT_LOAD_BALANCER" ]; then
+    download $raw/metallb/metallb/v0.15.3/config/manifests/metallb-native.yaml $manifests/metallb.yaml
+fi
+if [ "$LAB_OPT_STORAGE" = nfs ]; then
+    : > $manifests/csi-nfs.yaml
+    for part in rbac-csi-nfs csi-nfs-driverinfo csi-nfs-controller csi-nfs-node; do
+        download $raw/kubernetes-csi/csi-driver-nfs/v4.12.1/deploy/v4.12.1/$part.yaml $manifests/part
+        { echo ---; cat $manifests/part; } >> $manifests/csi-nfs.yaml
+    done
+    rm $manifests/part
+fi
+if [ "$LAB_OPT_GATEWAY" = true ]; then
+    download $github/envoyproxy/gateway/releases/download/v1.6.1/install.yaml $manifests/gateway.yaml
+fi
+
+images=$(sed -n 's/^ *\(- \)\{0,1\}image: *"\{0,1\}\([^" ]*\)"\{0,1\} *$/\2/p' $manifests/*.yaml 2> /dev/null | sort -u)
+for image in $images; do
+    if ! again 3 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull "$image"; then
+        echo "cannot fetch the image $image" >&2
+        echo "look whether this machine reaches its registry, then run \`lab up\` again" >&2
+        exit 1
+    fi
+done
 systemctl stop containerd.service

@@ -12,12 +12,15 @@ mkdir -p -m 700 "$work/patches"
 [ -s "$work/token" ] || (umask 077 && kubeadm token generate > "$work/token")
 token=$(cat "$work/token")
 
-api=v1beta3
+api=v1beta4
+[ "$minor" -ge 31 ] || api=v1beta3
+[ "$minor" -ge 22 ] || api=v1beta2
 patches_flag=--patches
-if [ "$minor" -lt 22 ]; then
-    api=v1beta2
-    patches_flag=--experimental-patches
-fi
+[ "$minor" -ge 22 ] || patches_flag=--experimental-patches
+socket=unix:///run/containerd/containerd.sock
+[ "$minor" -ge 24 ] || socket=${socket#unix://} # earlier ones have no scheme in front of the path
+allocate=true
+[ "$LAB_OPT_NETWORK" != bridge ] || allocate=false # nodes know their pods' addresses
 slow=no
 driver=systemd
 if [ "$LAB_PATIENCE" -gt 1 ]; then
@@ -27,6 +30,18 @@ fi
 
 only_slow() {
     if [ $slow = yes ]; then printf '%s\n' "$@"; fi
+}
+
+# arguments NAME=VALUE…: of a part of the control plane, as the configuration's version wants them.
+arguments() {
+    [ $# -gt 0 ] || return 0
+    echo "  extraArgs:"
+    for pair; do
+        case $api in
+            v1beta4) printf '  - {name: "%s", value: "%s"}\n' "${pair%%=*}" "${pair#*=}" ;;
+            *) printf '    %s: "%s"\n' "${pair%%=*}" "${pair#*=}" ;;
+        esac
+    done
 }
 
 (umask 077 && cat > "$work/config.yaml") << END
@@ -41,7 +56,7 @@ localAPIEndpoint:
   advertiseAddress: $LAB_IP
 nodeRegistration:
   name: $LAB_NODE
-  criSocket: unix:///run/containerd/containerd.sock
+  criSocket: $socket
   taints: [] # a lab is small: its master carries pods, too
 ---
 apiVersion: kubeadm.k8s.io/$api
@@ -50,20 +65,17 @@ clusterName: $LAB_NAME
 kubernetesVersion: $version
 controlPlaneEndpoint: "$LAB_IP:6443"
 networking:
-  podSubnet: 10.244.0.0/16
+  podSubnet: $LAB_OPT_POD_NETWORK
   serviceSubnet: 10.96.0.0/16
 apiServer:
   certSANs: ["127.0.0.1", localhost, $LAB_NODE]
-$(only_slow '  extraArgs:' '    enable-priority-and-fairness: "false"' '    profiling: "false"')
+$(arguments $(only_slow enable-priority-and-fairness=false profiling=false))
 controllerManager:
-  extraArgs:
-    allocate-node-cidrs: "false" # nodes know their pods' addresses
-    leader-elect: "false"
-$(only_slow '    node-monitor-period: 20s' '    node-monitor-grace-period: 300s')
+$(arguments allocate-node-cidrs=$allocate leader-elect=false $(only_slow node-monitor-period=20s node-monitor-grace-period=300s))
 scheduler:
-  extraArgs:
-    leader-elect: "false"
-$([ "$minor" -ge 31 ] || only_slow 'featureGates:' '  PublicKeysECDSA: true')
+$(arguments leader-elect=false)
+$([ $api = v1beta4 ] || only_slow 'featureGates:' '  PublicKeysECDSA: true')
+$([ $api != v1beta4 ] || only_slow 'encryptionAlgorithm: ECDSA-P256')
 ---
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -73,12 +85,10 @@ $(only_slow 'nodeStatusUpdateFrequency: 30s' 'runtimeRequestTimeout: 15m')
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
 mode: iptables
-clusterCIDR: 10.244.0.0/16
+clusterCIDR: $LAB_OPT_POD_NETWORK
 conntrack:
   maxPerCore: 0
 END
-# kubeadm before 1.24 has no scheme in front of the socket's path.
-[ "$minor" -ge 24 ] || sed -i 's,unix:///run,/run,' "$work/config.yaml"
 
 rm -f "$work/patches/"*
 if [ $slow = yes ]; then
@@ -172,6 +182,9 @@ asks phase upload-config all
 asks phase mark-control-plane
 asks phase bootstrap-token
 asks phase addon all
+# The pods' network, where it consists of pods itself. Some of it can be understood only when the rest is known.
+[ "$LAB_OPT_NETWORK" = bridge ] ||
+    asks kubectl apply --server-side -f /usr/local/share/lab/kubernetes/network.yaml
 
 authority=$(openssl x509 -pubkey -noout -in /etc/kubernetes/pki/ca.crt | openssl pkey -pubin -outform der | sha256sum)
 umask 077

@@ -18,8 +18,9 @@ trap 'rm -f "$config"' EXIT
 cat > "$config" << END
 apiVersion: kubeadm.k8s.io/$api
 kind: JoinConfiguration
+$([ "$api" != v1beta4 ] || echo 'timeouts: {discovery: 15m0s, tlsBootstrap: 15m0s}')
 discovery:
-  timeout: 15m
+$([ "$api" = v1beta4 ] || echo '  timeout: 15m')
   bootstrapToken:
     apiServerEndpoint: "$LAB_MASTER_IP:6443"
     token: $token
@@ -32,11 +33,6 @@ if ! kubeadm join --config "$config" --ignore-preflight-errors=NumCPU,Mem,System
     # With a certificate of its own the node has joined. What kubeadm does after that is to note the runtime's socket on
     # the node, within 10 s, which is not enough for an API server that has much to do.
     [ -e /etc/kubernetes/kubelet.conf ] || exit 1
-    for left in 9 8 7 6 5 4 3 2 1 0; do
-        if kubectl --kubeconfig=/etc/kubernetes/kubelet.conf annotate --overwrite node "$LAB_NODE" \
-            "kubeadm.alpha.kubernetes.io/cri-socket=$socket"; then
-            break
-        fi
-        [ $left != 0 ] || exit 1
-    done
+    again 10 kubectl --kubeconfig=/etc/kubernetes/kubelet.conf annotate --overwrite node "$LAB_NODE" \
+        "kubeadm.alpha.kubernetes.io/cri-socket=$socket"
 fi

@@ -1,23 +1,14 @@
 # What a node of a cluster needs: the container runtime and tools from Debian's archive, Kubernetes' own programs from
 # the bundle.
 set -eu
-packages="containerd runc containernetworking-plugins iptables conntrack socat openssl zstd"
-if [ "$LAB_OPT_STORAGE" = nfs ]; then
-    packages="$packages nfs-kernel-server nfs-common"
+if [ "$LAB_OPT_NETWORK" != bridge ]; then
+    echo "network = \"$LAB_OPT_NETWORK\" needs source = \"upstream\": a bundle has no other than bridge" >&2
+    exit 1
 fi
-
-export DEBIAN_FRONTEND=noninteractive
-apt() {
-    apt-get -q -y -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 "$@"
-}
-
 # Debian 13's containerd is the last that talks to the kubelets of before 1.23; it knows the later ones, too.
-dpkg --configure -a
-apt update
-# shellcheck disable=SC2086 # one word a package
-apt install --fix-broken --no-install-recommends $packages
-apt clean
+packages containerd runc containernetworking-plugins iptables conntrack socat openssl zstd
 if [ "$LAB_OPT_STORAGE" = nfs ]; then
+    packages nfs-kernel-server nfs-common
     systemctl disable nfs-server.service # the step `services` starts it on the master
 fi
 
@@ -72,33 +63,5 @@ esac
 END
 chmod 755 /usr/local/bin/crictl
 
-pause=$(kubeadm config images list --kubernetes-version "$(kubeadm version -o short)" | grep /pause:)
-mkdir -p /etc/containerd
-cat > /etc/containerd/config.toml << END
-version = 2
-
-[plugins."io.containerd.grpc.v1.cri"]
-sandbox_image = "$pause"
-
-[plugins."io.containerd.grpc.v1.cri".cni]
-bin_dir = "/usr/lib/cni"
-conf_dir = "/etc/cni/net.d"
-
-# Registries of the lab: /etc/containerd/certs.d/HOST:PORT/hosts.toml
-[plugins."io.containerd.grpc.v1.cri".registry]
-config_path = "/etc/containerd/certs.d"
-
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
-runtime_type = "io.containerd.runc.v2"
-
-[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
-SystemdCgroup = true
-END
-
-printf '%s\n' overlay br_netfilter > /etc/modules-load.d/kubernetes.conf
-cat > /etc/sysctl.d/90-kubernetes.conf << 'END'
-net.ipv4.ip_forward = 1
-net.bridge.bridge-nf-call-iptables = 1
-END
 systemctl daemon-reload
 systemctl enable containerd.service kubelet.service

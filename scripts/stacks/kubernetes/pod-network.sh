@@ -1,7 +1,13 @@
 # Pods' addresses and the way between nodes: a bridge on each node, and a route to each other node's pods. A node with the
-# address a.b.c.N has the pods 10.244.N.0/24, so nobody has to be asked.
+# address a.b.c.N has the pods X.Y.N.0/24, so nobody has to be asked. flannel and calico come with the step `init`.
 set -eu
-pods_of() { echo "10.244.${1##*.}.0/24"; }
+[ "$LAB_OPT_NETWORK" = bridge ] || exit 0
+first=${LAB_OPT_POD_NETWORK%.0.0/16}
+if ! echo "$first" | grep -Eqx '[0-9]+\.[0-9]+'; then
+    echo "pod_network = \"$LAB_OPT_POD_NETWORK\": with network = \"bridge\" it must be like 10.244.0.0/16" >&2
+    exit 1
+fi
+pods_of() { echo "$first.${1##*.}.0/24"; }
 
 seen=" "
 for entry in $LAB_NODES; do
@@ -45,7 +51,7 @@ END
         ip=${entry#*=}
         [ "$ip" = "$LAB_IP" ] || echo "ip route replace $(pods_of "$ip") via $ip"
     done
-    echo 'rule="POSTROUTING -s 10.244.0.0/16 ! -d 10.244.0.0/16 -j MASQUERADE"'
+    echo "rule=\"POSTROUTING -s $LAB_OPT_POD_NETWORK ! -d $LAB_OPT_POD_NETWORK -j MASQUERADE\""
     echo 'iptables -w -t nat -C $rule 2> /dev/null || iptables -w -t nat -A $rule'
 } > /usr/local/sbin/lab-pod-network
 chmod 755 /usr/local/sbin/lab-pod-network
@@ -65,16 +71,6 @@ ExecStart=/usr/local/sbin/lab-pod-network
 WantedBy=multi-user.target
 END
 
-extra="--node-ip=$LAB_IP"
-if [ "$LAB_PATIENCE" -gt 1 ]; then
-    # On emulated processors: no tree of control groups to be read every few seconds, and less housekeeping.
-    extra="$extra --cgroups-per-qos=false --enforce-node-allocatable= --housekeeping-interval=60s"
-    sed -i 's/SystemdCgroup = true/SystemdCgroup = false/' /etc/containerd/config.toml
-fi
-echo "KUBELET_EXTRA_ARGS=$extra" > /etc/default/kubelet
-
-modprobe -a overlay br_netfilter
-sysctl -q -p /etc/sysctl.d/90-kubernetes.conf
 systemctl daemon-reload
 systemctl enable lab-pod-network.service
-systemctl restart lab-pod-network.service containerd.service
+systemctl restart lab-pod-network.service
