@@ -17,11 +17,12 @@ packages() {
     [ -n "$missing" ] || return 0
     dpkg --configure -a # an installation that was cut short is finished first
     # shellcheck disable=SC2086 # one word a package
-    if ! { apt update && apt install --fix-broken --no-install-recommends $missing; }; then
+    if ! { { [ "${lists:-}" = new ] || apt update; } && apt install --fix-broken --no-install-recommends $missing; }; then
         echo "cannot install$missing from $(apt-get indextargets --format '$(SITE)' | sort -u | tr '\n' ' ')" >&2
         echo "look whether this machine reaches them, then run \`lab up\` again; without a network: \`lab up --offline BUNDLE\`" >&2
         return 1
     fi
+    lists=new # as long as this script runs, and knows no other repository
     apt clean
 }
 
@@ -58,6 +59,7 @@ repository() {
         echo "Architectures: $(dpkg --print-architecture)"
         echo "Signed-By: $key"
     } > "/etc/apt/sources.list.d/$1.sources"
+    lists=old
 }
 
 # again TRIES COMMAND…: runs a command that may be turned away, until it succeeds.

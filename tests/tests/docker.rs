@@ -33,6 +33,7 @@ fn nodes_with_docker() {
     assert!(status == Some(0) && said.contains("worker1"), "{status:?} {said}");
     lab.run(&["check"]);
     registry(&lab);
+    push(&lab);
     // Nothing is left to do.
     let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();
     assert!(plan.as_array().unwrap().iter().all(|entry| entry["done"] == true), "{plan:#}");
@@ -46,6 +47,26 @@ fn nodes_with_docker() {
     assert_eq!(lab.shell("worker1", "docker ps --no-trunc --format '{{.ID}} {{.Names}}'", b""), running);
     assert!(http_get(port, "/").contains("worker1"));
     lab.run(&["check"]);
+}
+
+/// An image of this machine's, as an archive, gets into the registry and from there into a container.
+fn push(lab: &TestLab) {
+    for plugin in ["buildx", "compose"] {
+        assert_eq!(lab.shell("master", &format!("docker {plugin} version"), b"").0, Some(0), "{plugin}");
+    }
+    let (status, said) = lab.shell(
+        "master",
+        "docker tag master:5000/lab/busybox example.org/ours:1 && docker save -o /root/ours.tar example.org/ours:1",
+        b"",
+    );
+    assert_eq!(status, Some(0), "{said}");
+    let archive = lab.dir().join("ours.tar");
+    lab.run(&["cp", "master:/root/ours.tar", archive.to_str().unwrap()]);
+    assert!(lab.run(&["image", "push", archive.to_str().unwrap()]).contains("master:5000/ours:1"));
+    let (status, said) = lab.shell("worker1", "docker run --rm master:5000/ours:1 echo pushed", b"");
+    assert!(status == Some(0) && said.contains("pushed"), "{status:?} {said}");
+    let none = lab.fails(1, &["image", "push", "no-such-image"]);
+    assert!(none.contains("docker save"), "{none}");
 }
 
 /// What was pushed is in the lab's registry, whose certificate holds on this machine, too.

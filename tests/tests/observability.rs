@@ -31,6 +31,9 @@ fn nodes_are_seen_and_missed() {
     let both = ["\"node\":\"master\"", "\"node\":\"worker1\""];
     page_with(prometheus, "/api/v1/query?query=up%7Bjob%3D%22node%22%7D%3D%3D1", &both);
     page_with(prometheus, "/consoles/nodes.html", &["<td>master</td>", "<td>worker1</td>", "<td>yes</td>"]);
+    for page in ["cluster", "containers"] {
+        page_with(prometheus, &format!("/consoles/{page}.html"), &["[stack.kubernetes]"]);
+    }
     lab.run(&["check"]);
 
     // A node that cannot be asked becomes an alert, which Alertmanager has been told.

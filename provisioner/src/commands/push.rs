@@ -14,8 +14,8 @@ use crate::{channel::quote, lab::Lab, progress::Task};
 
 /// The stack that has a registry.
 const STACK: &str = "registry";
-/// Where it listens on the master.
-const PORT: u16 = 5000;
+/// Its option that says where it listens on the master.
+const PORT: &str = "port";
 /// How long an image may take into the node and from there into the registry, in seconds, with KVM.
 const LIMIT_S: u32 = 900;
 /// Longest list of an archive's images, in bytes.
@@ -31,7 +31,7 @@ struct Pushed {
 /// Puts an image into the registry.
 pub fn run(context: &Context, image: &str, name: Option<&str>) -> Result<ExitCode, Error> {
     let lab = context.existing()?;
-    let node = registry(&lab)?;
+    let (node, port) = registry(&lab)?;
     ssh::running(&lab, &node)?;
     let path = Path::new(image);
     let (kind, own) = match path.is_file() {
@@ -44,7 +44,7 @@ pub fn run(context: &Context, image: &str, name: Option<&str>) -> Result<ExitCod
             "{image} has no name that a registry can know it by: give it one, `--name app:1`"
         ))
     })?;
-    let target = format!("{node}:{PORT}/{name}");
+    let target = format!("{node}:{port}/{name}");
     let task = context.progress.begin(&node, &format!("push {name}"));
     let pushed = match path.is_file() {
         true => {
@@ -63,12 +63,13 @@ pub fn run(context: &Context, image: &str, name: Option<&str>) -> Result<ExitCod
     Ok(ExitCode::SUCCESS)
 }
 
-/// The node with the lab's registry.
-fn registry(lab: &Lab) -> Result<String, Error> {
+/// The node with the lab's registry, and its port there.
+fn registry(lab: &Lab) -> Result<(String, String), Error> {
     let master = lab.topology.nodes.iter().find(|node| node.role == "master");
-    match master.filter(|_| lab.topology.stacks.iter().any(|stack| stack.name == STACK)) {
-        Some(node) => Ok(node.name.clone()),
-        None => Err(Error::Other(format!(
+    let stack = lab.topology.stacks.iter().find(|stack| stack.name == STACK);
+    match (master, stack.and_then(|stack| stack.options.get(PORT))) {
+        (Some(node), Some(port)) => Ok((node.name.clone(), port.clone())),
+        _ => Err(Error::Other(format!(
             "the lab `{}` has no registry: add `[stack.{STACK}]` to its labfile, then `lab up`",
             lab.topology.name
         ))),

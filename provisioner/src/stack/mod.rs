@@ -243,6 +243,63 @@ mod tests {
         assert_eq!(step("drain").kind, Kind::Leave);
     }
 
+    /// The files that own stacks take along: stack, name, text.
+    fn own_files() -> Vec<(String, String, String)> {
+        let mut files = Vec::new();
+        for stack in own_names().into_iter().map(|name| own(name).unwrap().unwrap()) {
+            for file in stack.steps.into_iter().flat_map(|step| step.files) {
+                files.push((stack.name.clone(), file.path, String::from_utf8(file.bytes).unwrap()));
+            }
+        }
+        files
+    }
+
+    #[test]
+    fn files_are_well_formed() {
+        let mut seen = 0;
+        for (stack, name, text) in own_files() {
+            let wrong = match name.rsplit_once('.').map(|(_, kind)| kind) {
+                Some("json" | "conflist") => serde_json::from_str::<serde_json::Value>(&text).err().map(|e| e.to_string()),
+                Some("toml") => toml::from_str::<toml::Table>(&text).err().map(|e| e.to_string()),
+                Some("yaml" | "yml") => text
+                    .split("\n---\n")
+                    .find_map(|part| yaml_serde::from_str::<serde_json::Value>(part).err())
+                    .map(|error| error.to_string()),
+                _ => continue,
+            };
+            assert_eq!(wrong, None, "{stack}/{name}");
+            seen += 1;
+        }
+        assert!(seen >= 10, "only {seen} files");
+    }
+
+    /// What Grafana's dashboards and Prometheus' own pages show is what Prometheus records.
+    #[test]
+    fn dashboards_show_what_is_recorded() {
+        let files = own_files();
+        let (_, _, rules) = files.iter().find(|(stack, name, _)| stack == "prometheus" && name == "rules.yml").unwrap();
+        let recorded: Vec<&str> =
+            rules.lines().filter_map(|line| line.trim().strip_prefix("- record: ")?.split_whitespace().next()).collect();
+        let mut shown = 0;
+        for (stack, name, text) in &files {
+            let pages = stack == "grafana" && name.ends_with(".json") && !text.contains("\"providers\"");
+            if !pages && !(stack == "prometheus" && name.ends_with(".html")) {
+                continue;
+            }
+            let mut own = 0;
+            for word in text.split(|c: char| !c.is_ascii_alphanumeric() && !"_:".contains(c)) {
+                let like_one = ["node:", "kubelet:", "apiserver:", "cluster:", "container:", "pod:"];
+                if like_one.iter().any(|start| word.starts_with(start)) {
+                    assert!(recorded.contains(&word), "{stack}/{name}: nothing records {word}");
+                    own += 1;
+                }
+            }
+            assert!(own > 0, "{stack}/{name} shows nothing that is recorded");
+            shown += 1;
+        }
+        assert_eq!(shown, 6, "nodes, cluster and containers, twice");
+    }
+
     #[test]
     fn scripts_are_shell() {
         for stack in own_names().into_iter().map(|name| own(name).unwrap().unwrap()) {

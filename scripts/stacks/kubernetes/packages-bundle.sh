@@ -6,9 +6,11 @@ if [ "$LAB_OPT_NETWORK" != bridge ]; then
     exit 1
 fi
 # Debian 13's containerd is the last that talks to the kubelets of before 1.23; it knows the later ones, too.
-packages containerd runc containernetworking-plugins iptables conntrack socat openssl zstd
+needed="containerd runc containernetworking-plugins iptables conntrack socat openssl zstd"
+[ "$LAB_OPT_STORAGE" != nfs ] || needed="$needed nfs-kernel-server nfs-common"
+# shellcheck disable=SC2086 # one word a package
+packages $needed
 if [ "$LAB_OPT_STORAGE" = nfs ]; then
-    packages nfs-kernel-server nfs-common
     systemctl disable nfs-server.service # the step `services` starts it on the master
 fi
 

@@ -26,7 +26,7 @@ storage:
   filesystem: {rootdirectory: /var/lib/docker-registry}
   delete: {enabled: true}
 http:
-  addr: :5000
+  addr: :$LAB_OPT_PORT
   secret: $(cat secret 2> /dev/null || (umask 077 && openssl rand -hex 16 | tee secret))
   headers: {X-Content-Type-Options: [nosniff]}
   tls:

@@ -1,6 +1,6 @@
 # The node trusts the master's registry: what asks by the system's certificates, Docker, and containerd.
 set -eu
-registry=$LAB_MASTER:5000
+registry=$LAB_MASTER:$LAB_OPT_PORT
 install -m 644 "$LAB_STEP/ca.crt" /usr/local/share/ca-certificates/lab-registry.crt
 update-ca-certificates
 for folder in "/etc/docker/certs.d/$registry" "/etc/containerd/certs.d/$registry"; do
