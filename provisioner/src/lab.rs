@@ -227,6 +227,7 @@ impl Lab {
                 .iter()
                 .map(|node| Host { name: node.name.clone(), mac: node.mac.clone(), ip: node.ip })
                 .collect(),
+            cache: Some(self.paths.home().join("cache/packages")),
             forwards: self.forwards(),
         }
     }

@@ -11,6 +11,9 @@ fn nodes_with_docker() {
         let text = text.replacen("name = \"docker\"", "name = \"docker-test\"", 1);
         assert!(text.contains("\"8080:"), "the example forwards port 8080");
         assert!(text.contains("count = 2"), "the example has two workers");
+        // What the registry mirrors is itself: no other can be reached from everywhere.
+        let text = text.replace("[stack.registry]", "[stack.registry]\nmirror_of = \"https://master:5000\"");
+        let text = text.replace("[stack.docker]", "[stack.docker]\nmirror = \"https://master:5001\"");
         text.replace("\"8080:", &format!("\"{port}:")).replace("count = 2", "count = 1")
     });
     lab.run(&["up"]);
@@ -65,6 +68,12 @@ fn push(lab: &TestLab) {
     assert!(lab.run(&["image", "push", archive.to_str().unwrap()]).contains("master:5000/ours:1"));
     let (status, said) = lab.shell("worker1", "docker run --rm master:5000/ours:1 echo pushed", b"");
     assert!(status == Some(0) && said.contains("pushed"), "{status:?} {said}");
+    // As if it were Docker Hub's: it comes through the mirror, which keeps it.
+    let (status, said) = lab.shell("worker1", "docker pull -q lab/busybox", b"");
+    assert_eq!(status, Some(0), "{said}");
+    let (_, said) =
+        lab.shell("master", "ls /var/lib/docker-registry-mirror/docker/registry/v2/repositories/lab", b"");
+    assert_eq!(said.trim(), "busybox");
     let none = lab.fails(1, &["image", "push", "no-such-image"]);
     assert!(none.contains("docker save"), "{none}");
 }

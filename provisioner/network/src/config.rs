@@ -25,6 +25,9 @@ pub struct NetworkConfig {
     pub lock: PathBuf,
     /// Nodes, with their fixed addresses.
     pub hosts: Vec<Host>,
+    /// Folder for the packages that nodes fetch through the gateway's cache (see `cache`); without one there is no cache.
+    #[serde(default)]
+    pub cache: Option<PathBuf>,
     /// Port forwards from the host.
     #[serde(default)]
     pub forwards: Vec<Forward>,

@@ -5,6 +5,7 @@ use std::{net::SocketAddrV4, time::Instant};
 use smoltcp::wire::{DHCP_SERVER_PORT, Icmpv4DstUnreachable, IpProtocol, Ipv4Packet, UdpPacket};
 
 use crate::{
+    cache::Cache,
     dhcp::{self, Dhcp},
     dns::{
         self,
@@ -54,6 +55,7 @@ impl Gateway {
         lab: &str,
         hosts: Hosts,
         outside: &Outside,
+        cache: Option<Cache>,
         descriptors: usize,
         seed: u64,
         lan: &mut Lan,
@@ -61,7 +63,7 @@ impl Gateway {
         let domain = format!("{}.lab", lab.to_ascii_lowercase());
         Gateway {
             hosts,
-            tcp: TcpFlows::new(Stack::new(lan, seed), outside.clone(), descriptors / 4 * 3),
+            tcp: TcpFlows::new(Stack::new(lan, seed), outside.clone(), cache, descriptors / 4 * 3),
             udp: UdpFlows::new(outside.clone(), descriptors / 8),
             icmp: IcmpFlows::new(outside.clone()),
             forwards: Forwards::default(),

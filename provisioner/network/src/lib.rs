@@ -2,9 +2,11 @@
 //!
 //! Cards of nodes connect to a UNIX socket and exchange Ethernet frames through a learning switch ([`switch`],
 //! [`port`]); one station of it is the [`gateway`], which gives out addresses ([`dhcp`]) and names ([`dns`]), lets
-//! nodes reach the world outside ([`nat`]) and the host reach nodes ([`forward`]). [`network`] is the event loop of
+//! nodes reach the world outside ([`nat`]), keeps the packages that they fetch ([`cache`]) and lets the host reach nodes
+//! ([`forward`]). [`network`] is the event loop of
 //! all that, [`control`] and [`config`] are what others say to it. Nothing here needs a privilege.
 
+pub mod cache;
 pub mod config;
 pub mod control;
 pub mod control_server;

@@ -16,6 +16,7 @@ use rustix::{
 use smoltcp::wire::Ipv4Cidr;
 
 use crate::{
+    cache::Cache,
     config::{Hello, NetworkConfig},
     control::{Action, Port as PortStatus, Reply, Request, Status},
     control_server::ControlServer,
@@ -103,7 +104,8 @@ impl Network {
         let hosts = Hosts::new(config.hosts.clone(), &lan)?;
         let lock = listen::lock(&config.lock)?;
         let seed = RandomState::new().build_hasher().finish();
-        let mut gateway = Gateway::new(&config.lab, hosts, outside, descriptors(), seed, &mut lan);
+        let cache = config.cache.as_deref().map(|folder| Cache::new(folder, outside.clone()));
+        let mut gateway = Gateway::new(&config.lab, hosts, outside, cache, descriptors(), seed, &mut lan);
         for forward in &config.forwards {
             gateway.forwards.add(forward.clone(), &mut lan)?;
         }

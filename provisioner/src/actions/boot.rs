@@ -214,9 +214,11 @@ impl Boot {
         let host_key = read(lab.dirs.node(&self.node.name).join("ssh_host_ed25519_key"))?;
         let name = self.node.name.as_bytes();
         let notify = format!("vsock-stream:2:{NOTIFY_PORT}");
+        let proxy = format!("http://{}:{}\n", lab.topology.network.gateway, lab_net::cache::PORT);
         let key = format!("{key}\n");
         let files: &[(&str, u32, &[u8])] = &[
             ("node/run/lab/hostname", 0o644, name),
+            ("node/run/lab/apt-proxy", 0o644, proxy.as_bytes()),
             ("node/run/lab/authorized_keys", 0o600, key.as_bytes()),
             ("node/run/lab/ssh_host_ed25519_key", 0o600, &host_key),
             ("node/run/credentials/@initrd/system.hostname", 0o400, name),

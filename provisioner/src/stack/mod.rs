@@ -259,7 +259,9 @@ mod tests {
         let mut seen = 0;
         for (stack, name, text) in own_files() {
             let wrong = match name.rsplit_once('.').map(|(_, kind)| kind) {
-                Some("json" | "conflist") => serde_json::from_str::<serde_json::Value>(&text).err().map(|e| e.to_string()),
+                Some("json" | "conflist") => {
+                    serde_json::from_str::<serde_json::Value>(&text).err().map(|e| e.to_string())
+                }
                 Some("toml") => toml::from_str::<toml::Table>(&text).err().map(|e| e.to_string()),
                 Some("yaml" | "yml") => text
                     .split("\n---\n")
@@ -277,9 +279,12 @@ mod tests {
     #[test]
     fn dashboards_show_what_is_recorded() {
         let files = own_files();
-        let (_, _, rules) = files.iter().find(|(stack, name, _)| stack == "prometheus" && name == "rules.yml").unwrap();
-        let recorded: Vec<&str> =
-            rules.lines().filter_map(|line| line.trim().strip_prefix("- record: ")?.split_whitespace().next()).collect();
+        let (_, _, rules) =
+            files.iter().find(|(stack, name, _)| stack == "prometheus" && name == "rules.yml").unwrap();
+        let recorded: Vec<&str> = rules
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("- record: ")?.split_whitespace().next())
+            .collect();
         let mut shown = 0;
         for (stack, name, text) in &files {
             let pages = stack == "grafana" && name.ends_with(".json") && !text.contains("\"providers\"");

@@ -19,23 +19,56 @@ if [ "$(cat names 2> /dev/null)" != "$names" ] || [ ! -s registry.key ]; then
     chmod 640 registry.key
     echo "$names" > names
 fi
-cat > config.yml << END
+[ -s secret ] || (umask 077 && openssl rand -hex 16 > secret)
+
+# configuration NAME PORT FOLDER: of one registry.
+configuration() {
+    install -d -o docker-registry -g docker-registry "$3"
+    cat > "$1.yml" << END
 version: 0.1
 log: {level: warn}
 storage:
-  filesystem: {rootdirectory: /var/lib/docker-registry}
+  filesystem: {rootdirectory: $3}
   delete: {enabled: true}
 http:
-  addr: :$LAB_OPT_PORT
-  secret: $(cat secret 2> /dev/null || (umask 077 && openssl rand -hex 16 | tee secret))
+  addr: :$2
+  secret: $(cat secret)
   headers: {X-Content-Type-Options: [nosniff]}
   tls:
     certificate: $folder/registry.crt
     key: $folder/registry.key
 END
-chown root:docker-registry config.yml
-chmod 640 config.yml
-install -d -o docker-registry -g docker-registry /var/lib/docker-registry
+    chown root:docker-registry "$1.yml"
+    chmod 640 "$1.yml"
+}
+
+configuration config "$LAB_OPT_PORT" /var/lib/docker-registry
 systemctl enable docker-registry.service
 systemctl restart docker-registry.service
+
+# What is pulled through this one is kept here: the nodes fetch it once.
+if [ -n "$LAB_OPT_MIRROR_OF" ]; then
+    configuration mirror 5001 /var/lib/docker-registry-mirror
+    echo "proxy: {remoteurl: \"$LAB_OPT_MIRROR_OF\"}" >> mirror.yml
+    cat > /etc/systemd/system/lab-registry-mirror.service << END
+[Unit]
+Description=Mirror of $LAB_OPT_MIRROR_OF
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+User=docker-registry
+ExecStart=/usr/bin/docker-registry serve $folder/mirror.yml
+Restart=on-failure
+
+[Install]
+WantedBy=multi-user.target
+END
+    systemctl daemon-reload
+    systemctl enable lab-registry-mirror.service
+    systemctl restart lab-registry-mirror.service
+elif [ -e /etc/systemd/system/lab-registry-mirror.service ]; then
+    systemctl disable --now lab-registry-mirror.service
+    rm /etc/systemd/system/lab-registry-mirror.service
+fi
 cat ca.crt > "$LAB_STEP/ca.crt"

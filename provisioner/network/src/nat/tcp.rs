@@ -1,5 +1,5 @@
-//! All TCP flows through the gateway: connections of nodes to the outside and to the gateway's DNS server, and
-//! connections of forwards and control clients into the lab.
+//! All TCP flows through the gateway: connections of nodes to the outside and to the gateway's DNS server and
+//! cache, and connections of forwards and control clients into the lab.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -23,6 +23,7 @@ use super::{
     stack::{Egress, FlowSocket, Stack},
 };
 use crate::{
+    cache::{self, Cache},
     dns::{
         self,
         resolvers::Resolvers,
@@ -74,6 +75,7 @@ pub struct Names<'a> {
 pub struct TcpFlows {
     stack: Stack,
     outside: Outside,
+    cache: Option<Cache>,
     limit: usize,
     flows: HashMap<u64, Flow>,
     by_key: HashMap<FlowKey, u64>,
@@ -86,11 +88,12 @@ pub struct TcpFlows {
 }
 
 impl TcpFlows {
-    /// No flows yet. At most `descriptors` sockets may be open at once.
-    pub fn new(stack: Stack, outside: Outside, descriptors: usize) -> TcpFlows {
+    /// No flows yet. At most `descriptors` sockets may be open at once. `cache` is the gateway's cache of packages.
+    pub fn new(stack: Stack, outside: Outside, cache: Option<Cache>, descriptors: usize) -> TcpFlows {
         TcpFlows {
             stack,
             outside,
+            cache,
             limit: descriptors.min(MAX_FLOWS),
             flows: HashMap::new(),
             by_key: HashMap::new(),
@@ -208,10 +211,12 @@ impl TcpFlows {
     fn open(&mut self, key: FlowKey, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let guest = *key.guest.ip();
         let peer = if *key.outside.ip() == lan.gateway() {
-            if key.outside.port() != dns::PORT {
-                return self.stack.refuse(lan, packet.as_ref(), guest);
+            let cache = self.cache.as_ref().filter(|_| key.outside.port() == cache::PORT);
+            match (key.outside.port(), cache.and_then(Cache::connect)) {
+                (dns::PORT, _) => Peer::Dns(Session::default()),
+                (_, Some(socket)) => Peer::Host(HostSide::connecting(socket, key.guest)),
+                _ => return self.stack.refuse(lan, packet.as_ref(), guest),
             }
-            Peer::Dns(Session::default())
         } else {
             let Some(ip) = self.outside.resolve(*key.outside.ip()) else {
                 return lan.send_unreachable(packet, Icmpv4DstUnreachable::NetProhibited);

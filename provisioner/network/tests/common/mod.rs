@@ -71,6 +71,7 @@ pub fn config(dir: &std::path::Path) -> NetworkConfig {
         control: dir.join("control.sock"),
         lock: dir.join("lock"),
         hosts: vec![host(10), host(11), host(12)],
+        cache: None,
         forwards: Vec::new(),
     }
 }
