@@ -5,8 +5,8 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Context, Error};
-use crate::{actions, files, lab::Lab, plan, progress::Task, snapshot::pack};
+use super::{Context, Error, end};
+use crate::{actions, files, lab::Lab, plan, snapshot::pack};
 
 /// Makes the images and layers of the labfile's nodes that are not there yet, and packs all of them.
 pub fn build(context: &Context, to: Option<&Path>) -> Result<ExitCode, Error> {
@@ -33,13 +33,4 @@ pub fn build(context: &Context, to: Option<&Path>) -> Result<ExitCode, Error> {
         target.file_name().unwrap_or_default().to_string_lossy()
     ));
     Ok(ExitCode::SUCCESS)
-}
-
-fn end(task: Task, built: Result<(), pack::Error>) -> Result<(), Error> {
-    if built.is_ok() {
-        task.done();
-    } else {
-        task.failed();
-    }
-    Ok(built?)
 }

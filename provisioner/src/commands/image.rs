@@ -8,7 +8,7 @@ use lab_images::{
 };
 use serde::Serialize;
 
-use super::{Context, Error, table};
+use super::{Context, Error, end, table};
 use crate::cli::ImageAction;
 
 /// An image as `lab image ls` tells it.
@@ -77,16 +77,8 @@ fn with_progress(
     work: impl FnOnce(&mut dyn FnMut(&str)) -> Result<Image, lab_images::store::Error>,
 ) -> Result<Image, Error> {
     let task = context.progress.begin(name, what);
-    match work(&mut |step| task.detail(step)) {
-        Ok(image) => {
-            task.done();
-            Ok(image)
-        }
-        Err(error) => {
-            task.failed();
-            Err(error.into())
-        }
-    }
+    let image = work(&mut |step| task.detail(step));
+    end(task, image)
 }
 
 fn list(context: &Context, store: &Store) -> Result<ExitCode, Error> {

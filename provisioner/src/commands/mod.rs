@@ -41,7 +41,7 @@ use crate::{
     labfile::topology::Topology,
     machine,
     paths::Paths,
-    progress::Progress,
+    progress::{Progress, Task},
     state::LabState,
 };
 
@@ -268,6 +268,16 @@ pub fn ago(then_s: u64) -> String {
         s @ 7200..172_800 => format!("{} h ago", s / 3600),
         s => format!("{} days ago", s / 86400),
     }
+}
+
+/// Tells how something ended.
+pub fn end<T, E: Into<Error>>(task: Task, outcome: Result<T, E>) -> Result<T, Error> {
+    if outcome.is_ok() {
+        task.done();
+    } else {
+        task.failed();
+    }
+    outcome.map_err(Into::into)
 }
 
 /// Exit status of something that went well or did not.

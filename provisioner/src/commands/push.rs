@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Error, ssh};
+use super::{Context, Error, end, ssh};
 use crate::{channel::quote, lab::Lab, progress::Task};
 
 /// The stack that has a registry.
@@ -54,11 +54,7 @@ pub fn run(context: &Context, image: &str, name: Option<&str>) -> Result<ExitCod
         }
         false => from_docker(&lab, &node, image, &target, &task),
     };
-    if let Err(error) = pushed {
-        task.failed();
-        return Err(error);
-    }
-    task.done();
+    end(task, pushed)?;
     context.print(&Pushed { image: target }, |pushed| format!("{} is in the registry", pushed.image))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, process::ExitCode};
 
-use super::{Context, Error, ago, mib, status, table};
+use super::{Context, Error, ago, end, mib, status, table};
 use crate::{
     capacity,
     cli::SnapshotAction,
@@ -113,15 +113,6 @@ fn told<E: Into<Error>>(
     let task = lab.progress.begin(&lab.topology.name, what);
     let done = run(&task);
     end(task, done)
-}
-
-fn end<T, E: Into<Error>>(task: Task, outcome: Result<T, E>) -> Result<T, Error> {
-    if outcome.is_ok() {
-        task.done();
-    } else {
-        task.failed();
-    }
-    outcome.map_err(Into::into)
 }
 
 fn list(context: &Context, lab: &Lab) -> Result<(), Error> {

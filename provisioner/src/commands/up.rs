@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Context, Error, status};
+use super::{Context, Error, end, status};
 use crate::{
     actions, capacity, channel, host,
     lab::Lab,
@@ -102,12 +102,7 @@ fn secrets(lab: &Lab) -> Result<Vec<Secret>, Error> {
 pub fn take_in(lab: &Lab, bundle: &Path) -> Result<(), Error> {
     let task = lab.progress.begin(&lab.topology.name, "take in the bundle");
     let taken = pack::bundle::take_in(&lab.paths, bundle, &task);
-    if taken.is_ok() {
-        task.done();
-    } else {
-        task.failed();
-    }
-    Ok(taken?)
+    end(task, taken)
 }
 
 /// Refuses a lab that is not what was recorded; images that are missing are built for that.

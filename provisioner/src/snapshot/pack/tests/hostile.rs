@@ -27,7 +27,7 @@ fn damaged_files_are_refused() {
     given(&changed(70), "the checksum of its table of contents is wrong");
     let mut unfinished = whole.clone();
     unfinished[16..24].fill(0);
-    given(&unfinished, "was cut off: run it again");
+    given(&unfinished, "was cut off while it was written");
     let mut long = whole.clone();
     long[24..28].fill(255);
     given(&long, "its table of contents is too long");
