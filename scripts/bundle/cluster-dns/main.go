@@ -1,5 +1,5 @@
 // Cluster-dns stands in for CoreDNS where that can't be had: it answers for the services and pods of a Kubernetes cluster
-// and asks the node's own resolvers for all else. kubeadm's manifest for CoreDNS runs it unchanged: it takes the same flag,
+// and asks the node's own resolvers for all else. kubeadm's manifest for CoreDNS runs it unchanged: it has the same flag,
 // reads the cluster's domain from the same Corefile, and answers the same probes. It knows none of CoreDNS' plugins.
 package main
 
