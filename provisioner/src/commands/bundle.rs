@@ -17,20 +17,28 @@ pub fn build(context: &Context, to: Option<&Path>) -> Result<ExitCode, Error> {
     topology.name = format!(".bundle-{name}");
     let lab = Lab::new(&context.paths, topology, context.progress.clone())?;
     let _lock = lab.lock()?;
-    for item in actions::plan(&lab)?.items.iter().filter(|item| item.action.outlives_lab()) {
-        plan::run_one(item, &lab)?;
-    }
-    let task = context.progress.begin(&name, "pack the bundle");
-    let built = pack::bundle::build(&lab, &name, &target, &task);
-    end(task, built)?;
+    let made = make(&lab, &name, &target);
     for dir in [&lab.dirs.sockets, &lab.dirs.dir] {
         let action = format!("remove {}", dir.display());
         files::remove(dir).map_err(|source| Error::Io { action, source })?;
     }
+    made?;
     context.progress.say(&format!(
         "wrote {}; next, on a machine with lab and this labfile: `lab up --offline {}`",
         target.display(),
         target.file_name().unwrap_or_default().to_string_lossy()
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+fn make(lab: &Lab, name: &str, target: &Path) -> Result<(), Error> {
+    if target.symlink_metadata().is_ok() {
+        return Err(pack::Error::Exists(target.into()).into());
+    }
+    for item in actions::plan(lab)?.items.iter().filter(|item| item.action.outlives_lab()) {
+        plan::run_one(item, lab)?;
+    }
+    let task = lab.progress.begin(name, "pack the bundle");
+    let built = pack::bundle::build(lab, name, target, &task);
+    end(task, built)
 }

@@ -30,9 +30,6 @@ use crate::{
 
 /// Writes what an `up` of the lab needs to a file that is not there yet. Images and layers have to be there.
 pub fn build(lab: &Lab, name: &str, file: &Path, task: &Task) -> Result<(), Error> {
-    if file.symlink_metadata().is_ok() {
-        return Err(Error::Exists(file.into()));
-    }
     let action = |error: actions::Error| Error::Action(Box::new(error));
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     let mut add = |path: String, source: PathBuf| {
