@@ -1,0 +1,78 @@
+//! A stack beside the labfile: its files, the functions that every script finds, and a password that is told once.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::os::unix::fs::PermissionsExt;
+
+use lab_tests::{TestLab, output, text};
+
+const LABFILE: &str = r#"
+name = "own-stack"
+image = "tiny"
+[node.master]
+memory = "128MiB"
+[stack.service]
+"#;
+
+const STACK: &str = r#"
+description = "a service with a password"
+[[source]]
+name = "here"
+description = "nothing is fetched"
+[[step]]
+name = "start"
+kind = "run"
+script = "start.sh"
+files = ["service.conf"]
+gives = ["admin-password"]
+[[secret]]
+file = "admin-password"
+description = "the service, user admin"
+"#;
+
+const START: &str = r#"
+try() {
+    echo one >>/root/tries
+    [ "$(wc -l </root/tries)" -ge 3 ]
+}
+again 5 try
+cp "$LAB_STEP/service.conf" /etc/service.conf
+(umask 077 && echo s3cr3t >"$LAB_STEP/admin-password")
+"#;
+
+/// Runs `lab up`; what it said.
+fn up(lab: &TestLab) -> String {
+    let output = output(lab.command(&["up"]), b"");
+    assert!(output.status.success(), "{}", text(&output));
+    String::from_utf8(output.stderr).unwrap()
+}
+
+#[test]
+fn a_password_is_told_once() {
+    let lab = TestLab::new(LABFILE);
+    let folder = lab.dir().join("stacks/service");
+    std::fs::create_dir_all(&folder).unwrap();
+    for (name, text) in [("stack.toml", STACK), ("start.sh", START), ("service.conf", "colour = blue\n")] {
+        std::fs::write(folder.join(name), text).unwrap();
+    }
+    let said = up(&lab);
+    // Not to what is no terminal: there it is the file that is told.
+    assert!(said.contains("the service, user admin is in ") && !said.contains("s3cr3t"), "{said}");
+    let kept = lab_tests::home().join("labs/own-stack/secrets/service.admin-password");
+    assert!(said.contains(kept.to_str().unwrap()), "{said}");
+    assert_eq!(std::fs::read_to_string(&kept).unwrap(), "s3cr3t\n");
+    assert_eq!(kept.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let (_, found) =
+        lab.shell("master", "cat /etc/service.conf; wc -l </root/tries; ls /run/lab-step 2>&1", b"");
+    assert!(found.starts_with("colour = blue\n3\n") && found.contains("No such file"), "{found}");
+    // No log of the step has it, nor does the plan.
+    let log = lab_tests::home().join("labs/own-stack/nodes/master/steps/service-start.log");
+    assert!(!std::fs::read_to_string(log).unwrap().contains("s3cr3t"));
+    assert!(!lab.run(&["plan"]).contains("s3cr3t"));
+
+    let said = up(&lab);
+    assert!(said.contains("everything is up already") && !said.contains("user admin"), "{said}");
+    // A file of the stack that has changed is a step that has changed.
+    std::fs::write(folder.join("service.conf"), "colour = red\n").unwrap();
+    assert!(up(&lab).contains("service/start"));
+    assert_eq!(lab.shell("master", "cat /etc/service.conf", b"").1, "colour = red\n");
+}
