@@ -72,3 +72,14 @@ again() {
     done
 }
 
+# password FILE USER: makes a password, once, in a file of that user's, and gives it in $LAB_STEP under the file's name.
+password() {
+    if [ ! -s "$1" ]; then
+        (umask 077 && tr -dc A-Za-z0-9 < /dev/urandom | head -c 20 > "$1.new")
+        echo >> "$1.new"
+        chown "$2:" "$1.new"
+        mv "$1.new" "$1"
+    fi
+    (umask 077 && cat "$1" > "$LAB_STEP/${1##*/}")
+}
+

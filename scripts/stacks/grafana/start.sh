@@ -3,13 +3,7 @@
 set -eu
 folder=/etc/grafana
 # Made once: Grafana takes it when it makes its database, and not again.
-if [ ! -s $folder/admin-password ]; then
-    (umask 077 && tr -dc A-Za-z0-9 < /dev/urandom | head -c 20 > $folder/admin-password.new)
-    echo >> $folder/admin-password.new
-    chown grafana: $folder/admin-password.new
-    mv $folder/admin-password.new $folder/admin-password
-fi
-(umask 077 && cat $folder/admin-password > "$LAB_STEP/admin-password")
+password $folder/admin-password grafana
 
 install -m 640 -g grafana "$LAB_STEP/grafana.ini" $folder/grafana.ini
 install -D -m 644 "$LAB_STEP/dashboards.yaml" $folder/provisioning/dashboards/lab.yaml

@@ -2,14 +2,7 @@
 set -eu
 folder=/etc/jenkins
 mkdir -p $folder
-# Made once: the administrator's password stays the same.
-if [ ! -s $folder/admin-password ]; then
-    (umask 077 && tr -dc A-Za-z0-9 < /dev/urandom | head -c 20 > $folder/admin-password.new)
-    echo >> $folder/admin-password.new
-    chown jenkins: $folder/admin-password.new
-    mv $folder/admin-password.new $folder/admin-password
-fi
-(umask 077 && cat $folder/admin-password > "$LAB_STEP/admin-password")
+password $folder/admin-password jenkins
 install -m 644 "$LAB_STEP/jenkins.yaml" $folder/jenkins.yaml
 
 # The service waits until Jenkins says that it is up, which may take longer than systemd would wait.
