@@ -95,8 +95,9 @@ kind: L2Advertisement
 metadata: {name: lab, namespace: metallb-system}
 spec: {ipAddressPools: [lab]}
 END
+    tries=0 # `again` counts by the same name
     until kubectl apply -f "$work/addresses.yaml"; do
-        [ $((tries = ${tries:-0} + 1)) -lt 60 ] || exit 1
+        [ $((tries = tries + 1)) -lt 60 ] || exit 1
         sleep 5 # the webhook's certificate is still on its way
     done
 fi
