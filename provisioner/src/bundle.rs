@@ -6,7 +6,7 @@
 //! too.
 
 use std::{
-    env, fs,
+    fs,
     io::{self, Read},
     path::{Path, PathBuf},
 };
@@ -76,22 +76,6 @@ pub struct BundleFile {
     pub version: String,
     /// SHA-256 that its bundle says it has, in hexadecimal digits.
     pub sha256: String,
-}
-
-/// The folders that may be bundles.
-pub fn folders(home: &Path) -> Vec<PathBuf> {
-    let mut folders: Vec<PathBuf> = env::var_os("LAB_BUNDLES")
-        .iter()
-        .flat_map(env::split_paths)
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .collect();
-    let own = home.join("bundles");
-    let mut below: Vec<PathBuf> =
-        fs::read_dir(&own).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
-    below.sort();
-    folders.push(own);
-    folders.extend(below.into_iter().filter(|path| path.is_dir()));
-    folders
 }
 
 /// The first file that fits a pattern. `wanted` is the version that it must have; empty: any, the latest in its folder.
@@ -216,7 +200,7 @@ mod tests {
         let files = [("k8s-1.9.1-images.tar", "9"), ("k8s-1.20.2-images.tar", "20"), ("tool", "t")];
         bundle(&home.join("bundles/one"), &files);
         fs::write(home.join("bundles/one/k8s-1.30.0-images.tar"), "not listed").unwrap();
-        let folders = folders(&home);
+        let folders = crate::paths::Paths::at(&home, &home).bundles();
         let find = |pattern, wanted| find(&folders, pattern, wanted, "k8s/images");
         let found = find("k8s-{version}-images.tar", "").unwrap();
         assert_eq!((found.version.as_str(), found.name.as_str()), ("1.20.2", "k8s-images.tar"));

@@ -43,6 +43,8 @@ pub enum Error {
 pub struct Paths {
     home: PathBuf,
     runtime: PathBuf,
+    /// What `LAB_BUNDLES` names.
+    bundles: Vec<PathBuf>,
 }
 
 impl Paths {
@@ -60,13 +62,15 @@ impl Paths {
         let runtime = var("XDG_RUNTIME_DIR").map(|dir| dir.join("lab")).unwrap_or_else(|| {
             if uid.is_root() { "/run/lab".into() } else { format!("/tmp/lab-{}", uid.as_raw()).into() }
         });
-        Ok(Self { home, runtime })
+        let bundles = env::var_os("LAB_BUNDLES").unwrap_or_default();
+        let bundles = env::split_paths(&bundles).filter(|folder| !folder.as_os_str().is_empty()).collect();
+        Ok(Self { home, runtime, bundles })
     }
 
-    /// The same in folders of a test's own.
+    /// The same in folders of a test's own, whatever the environment says.
     #[cfg(test)]
     pub fn at(home: &Path, runtime: &Path) -> Self {
-        Self { home: home.into(), runtime: runtime.into() }
+        Self { home: home.into(), runtime: runtime.into(), bundles: Vec::new() }
     }
 
     /// The folder for what lasts.
@@ -77,6 +81,16 @@ impl Paths {
     /// The image store.
     pub fn images(&self) -> PathBuf {
         self.home.join("images")
+    }
+
+    /// The folders that may be bundles: what `LAB_BUNDLES` names, the home's own folder of them, and each folder in it.
+    pub fn bundles(&self) -> Vec<PathBuf> {
+        let own = self.home.join("bundles");
+        let mut below: Vec<PathBuf> =
+            fs::read_dir(&own).into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+        below.sort();
+        below.retain(|path| path.is_dir());
+        [self.bundles.clone(), vec![own], below].concat()
     }
 
     /// The folder of all labs.
@@ -195,7 +209,7 @@ mod tests {
     #[test]
     fn a_lab_s_folders_are_private() {
         let base = tempfile::tempdir().unwrap();
-        let paths = Paths { home: base.path().join("home"), runtime: base.path().join("run") };
+        let paths = Paths::at(&base.path().join("home"), &base.path().join("run"));
         let lab = paths.lab("demo");
         lab.create().unwrap();
         for dir in [&lab.dir, &lab.sockets, &lab.net(), &lab.secrets()] {
@@ -206,7 +220,7 @@ mod tests {
     #[test]
     fn a_path_too_long_for_sockets_is_refused() {
         let base = tempfile::tempdir().unwrap();
-        let paths = Paths { home: base.path().into(), runtime: base.path().join("x".repeat(90)) };
+        let paths = Paths::at(base.path(), &base.path().join("x".repeat(90)));
         assert!(matches!(paths.lab("demo").create(), Err(Error::TooLong(_))));
     }
 
@@ -217,7 +231,7 @@ mod tests {
         let runtime = base.path().join("run");
         fs::create_dir(&runtime).unwrap();
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o777)).unwrap();
-        let paths = Paths { home: base.path().into(), runtime };
+        let paths = Paths::at(base.path(), &runtime);
         assert!(matches!(paths.lab("demo").create(), Err(Error::NotOurs(_))));
     }
 }

@@ -149,7 +149,7 @@ fn bundle_of(lab: &Lab, used: &Stack, step: &StepDef) -> Result<Vec<BundleFile>,
         return Ok(Vec::new());
     }
     let wanted = used.options.get(VERSION_OPTION).map(String::as_str).unwrap_or_default();
-    let folders = bundle::folders(lab.paths.home());
+    let folders = lab.paths.bundles();
     let user = format!("{}/{}", used.name, step.name);
     let find = |pattern: &String| Ok(bundle::find(&folders, pattern, wanted, &user)?);
     step.bundle.iter().map(find).collect()
