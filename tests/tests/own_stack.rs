@@ -1,4 +1,5 @@
-//! A stack beside the labfile: its files, the functions that every script finds, and a password that is told once.
+//! A stack beside the labfile: its files, the functions that every script finds, a password that is told once, and a
+//! worker that goes.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
 use std::os::unix::fs::PermissionsExt;
@@ -13,6 +14,8 @@ memory = "128MiB"
 [stack.service]
 "#;
 
+const WORKER: &str = "[node.worker1]\nmemory = \"128MiB\"\n";
+
 const STACK: &str = r#"
 description = "a service with a password"
 [[source]]
@@ -20,10 +23,16 @@ name = "here"
 description = "nothing is fetched"
 [[step]]
 name = "start"
+on = "master"
 kind = "run"
 script = "start.sh"
 files = ["service.conf"]
 gives = ["admin-password"]
+[[step]]
+name = "leave"
+on = "master"
+kind = "leave"
+script = "leave.sh"
 [[secret]]
 file = "admin-password"
 description = "the service, user admin"
@@ -39,6 +48,10 @@ cp "$LAB_STEP/service.conf" /etc/service.conf
 password /root/admin-password root
 "#;
 
+const LEAVE: &str = r#"
+ping -c 1 -w 5 "$LAB_LEAVING" >/dev/null && echo "$LAB_LEAVING was there" >>/root/left
+"#;
+
 /// Runs `lab up`; what it said.
 fn up(lab: &TestLab) -> String {
     let output = output(lab.command(&["up"]), b"");
@@ -47,11 +60,18 @@ fn up(lab: &TestLab) -> String {
 }
 
 #[test]
-fn a_password_is_told_once() {
-    let lab = TestLab::new(LABFILE);
+fn a_password_is_told_once_and_a_worker_goes() {
+    let labfile = format!("{LABFILE}{WORKER}");
+    let lab = TestLab::new(&labfile);
     let folder = lab.dir().join("stacks/service");
     std::fs::create_dir_all(&folder).unwrap();
-    for (name, text) in [("stack.toml", STACK), ("start.sh", START), ("service.conf", "colour = blue\n")] {
+    let files = [
+        ("stack.toml", STACK),
+        ("start.sh", START),
+        ("leave.sh", LEAVE),
+        ("service.conf", "colour = blue\n"),
+    ];
+    for (name, text) in files {
         std::fs::write(folder.join(name), text).unwrap();
     }
     let said = up(&lab);
@@ -78,4 +98,19 @@ fn a_password_is_told_once() {
     assert!(up(&lab).contains("service/start"));
     assert_eq!(lab.shell("master", "cat /etc/service.conf", b"").1, "colour = red\n");
     assert_eq!(std::fs::read_to_string(&kept).unwrap().trim(), password, "made once");
+
+    // A worker that is taken out of the labfile: the master takes its leave while it still runs, then it is off, and back
+    // with what it had when it is in the labfile again.
+    assert_eq!(lab.shell("worker1", "echo kept >/root/kept", b"").0, Some(0));
+    lab.rewrite(LABFILE);
+    let said = up(&lab);
+    assert!(
+        said.contains("worker1 is no longer in the labfile") && said.contains("lab destroy worker1"),
+        "{said}"
+    );
+    assert_eq!(lab.shell("master", "cat /root/left", b"").1, "worker1 was there\n");
+    assert_eq!(lab_tests::on_host("lab_pid own-stack/nodes/worker1/vmm.lock"), "", "it is off");
+    lab.rewrite(&labfile);
+    up(&lab);
+    assert_eq!(lab.shell("worker1", "cat /root/kept", b"").1, "kept\n");
 }

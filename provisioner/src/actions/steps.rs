@@ -100,7 +100,7 @@ pub fn take_leave(lab: &Lab, leaving: &[String]) -> Result<(), Error> {
                     Ok(()) => task.done(),
                     Err(error) => {
                         task.failed();
-                        lab.progress.warn(&format!("{name} is removed all the same: {error}"));
+                        lab.progress.warn(&format!("{name} goes all the same: {error}"));
                     }
                 }
             }

@@ -6,7 +6,7 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Context, Error, end, status};
+use super::{Context, Error, end, halt, status};
 use crate::{
     actions, capacity, channel, host,
     lab::Lab,
@@ -16,7 +16,7 @@ use crate::{
         kept::{self, Found},
         pack,
     },
-    stack,
+    stack, state,
 };
 
 /// Brings the lab up.
@@ -171,9 +171,13 @@ pub fn bring_up(lab: &mut Lab) -> Result<(), Error> {
     lab.record()?;
     // Before the nodes start side by side, each of which is given it.
     channel::ensure_key(&lab.dirs.identity())?;
-    warn_of_left_overs(lab);
-    let outcome = plan.run(lab);
-    report(lab, outcome)
+    // While those that stay run, at once: a new node may have the address of one that goes.
+    let was_running = state::net_is_running(&lab.dirs);
+    if was_running {
+        let_go(lab)?;
+    }
+    report(lab, plan.run(lab))?;
+    if was_running { Ok(()) } else { let_go(lab) }
 }
 
 /// Tells what failed; the first failure is the command's error.
@@ -195,13 +199,22 @@ pub fn report(lab: &Lab, outcome: plan::Outcome) -> Result<(), Error> {
     Err(Error::Other(text))
 }
 
-fn warn_of_left_overs(lab: &Lab) {
-    for name in crate::state::nodes_on_disk(&lab.dirs) {
-        if lab.node(&name).is_err() {
-            lab.progress
-                .warn(&format!("{name} is no longer in the labfile: `lab destroy {name}` removes it"));
-        }
+/// Lets the nodes go that the labfile no longer has: those that stay take leave of them, and they are powered off. Their
+/// disks stay: who took them out of a file has not said that what they hold is to be lost.
+fn let_go(lab: &Lab) -> Result<(), Error> {
+    let mut gone = state::nodes_on_disk(&lab.dirs);
+    gone.retain(|name| lab.node(name).is_err());
+    if gone.is_empty() {
+        return Ok(());
     }
+    actions::take_leave(lab, &gone)?;
+    halt::off(lab, &gone, false)?;
+    for name in gone {
+        lab.progress.warn(&format!(
+            "{name} is no longer in the labfile, and off: `lab destroy {name}` removes it with its disks"
+        ));
+    }
+    Ok(())
 }
 
 fn next_steps(lab: &Lab) -> String {
