@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod cluster;
 pub mod load;
 
 /// A lab that a test made, removed with the value.

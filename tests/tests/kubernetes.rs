@@ -1,12 +1,13 @@
 //! labfiles/kubernetes.toml on a bundle: a master and a worker, and what a cluster has to be able to do.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
-use std::{
-    process::Command,
-    time::{Duration, Instant},
-};
+use std::process::Command;
 
-use lab_tests::{TestLab, free_port, http_get, on_host, output, text};
+use lab_tests::{
+    TestLab,
+    cluster::{self, Cluster},
+    free_port, http_get, on_host, output, text,
+};
 
 /// A web server on each node, and a job that leaves something on a volume.
 const WORKLOADS: &str = r#"
@@ -49,29 +50,21 @@ spec:
       volumes: [{name: box, persistentVolumeClaim: {claimName: box}}]
 "#;
 
-/// How long the cluster may take for one thing.
-const LIMIT: Duration = Duration::from_secs(1500);
-
-struct Cluster {
-    lab: TestLab,
+/// The cluster, and the port of this machine that leads to its application.
+struct Test {
+    cluster: Cluster,
     port: u16,
 }
 
-impl Cluster {
-    /// Runs a shell command on the master; what it wrote.
-    fn master(&self, script: &str) -> String {
-        let (status, said) = self.lab.shell("master", script, b"");
-        assert_eq!(status, Some(0), "{script}: {said}");
-        said.trim().into()
-    }
+impl std::ops::Deref for Test {
+    type Target = Cluster;
 
-    /// Runs kubectl on the master. One that is turned away by a busy API server is run again.
-    fn kubectl(&self, arguments: &str) -> String {
-        self.master(&format!(
-            "for left in 4 3 2 1 0; do kubectl {arguments} && exit; [ $left = 0 ] || echo again >&2; done; exit 1"
-        ))
+    fn deref(&self) -> &Cluster {
+        &self.cluster
     }
+}
 
+impl Test {
     /// The address of the pod `each` on a node.
     fn pod_on(&self, node: &str) -> String {
         self.kubectl(&format!(
@@ -79,25 +72,10 @@ impl Cluster {
         ))
     }
 
-    /// Waits until a shell condition on the master holds.
-    fn until(&self, what: &str, condition: &str) {
-        let end = Instant::now() + LIMIT;
-        loop {
-            let (status, said) = self.lab.shell("master", condition, b"");
-            if status == Some(0) {
-                return;
-            }
-            let pods = || self.lab.shell("master", "kubectl get nodes,pods -A -o wide 2>&1", b"").1;
-            assert!(Instant::now() < end, "{what}: {said}\n{}", pods());
-            // A cluster that starts on emulated processors has better things to do than to answer.
-            std::thread::park_timeout(Duration::from_secs(10));
-        }
-    }
-
     /// Waits until the application is served at the worker's port, then at the one of this machine that leads there.
     fn serves(&self, what: &str, version: &str) {
         let page = "curl -s --max-time 20 http://192.168.60.11:30080/";
-        self.until(what, &format!("{page} | grep -q 'version {version}'"));
+        self.until_holds(what, &format!("{page} | grep -q 'version {version}'"));
         assert!(http_get(self.port, "/").contains("hello from "), "{what}");
     }
 
@@ -108,7 +86,7 @@ impl Cluster {
             "[ \"$(kubectl get node {node} -o 'jsonpath={{.status.nodeInfo.bootID}}')\" = {} ]",
             boot.trim()
         );
-        self.until(&format!("{node} has reported its boot"), &reported);
+        self.until_holds(&format!("{node} has reported its boot"), &reported);
         self.kubectl(&format!("wait --for=condition=Ready node/{node} --timeout=600s"));
     }
 
@@ -123,10 +101,7 @@ impl Cluster {
 
 #[test]
 fn a_master_and_a_worker() {
-    if std::env::var_os("LAB_BUNDLES").is_none_or(|folders| folders.is_empty()) {
-        eprintln!(
-            "SKIPPED: a Kubernetes cluster: LAB_BUNDLES names no folder with a bundle (docs/bundles.md)"
-        );
+    if !cluster::can_be_had("a Kubernetes cluster", false) {
         return;
     }
     let (port, api) = (free_port(), free_port());
@@ -135,7 +110,7 @@ fn a_master_and_a_worker() {
         assert!(text.contains("\"8080:") && text.contains("\"6443:"));
         text.replace("\"8080:", &format!("\"{port}:")).replace("\"6443:", &format!("\"{api}:"))
     });
-    let cluster = Cluster { lab, port };
+    let cluster = Test { cluster: Cluster { lab }, port };
     let lab = &cluster.lab;
 
     // A version that the bundle does not have is refused before anything is started.
@@ -167,7 +142,7 @@ fn a_master_and_a_worker() {
 }
 
 /// kubectl on this machine, by the user's kubeconfig.
-fn kubeconfig(cluster: &Cluster, api: u16) {
+fn kubeconfig(cluster: &Test, api: u16) {
     let lab = &cluster.lab;
     let (kubectl, config) = (lab.dir().join("kubectl"), lab.dir().join("kube/config"));
     lab.run(&["cp", "master:/usr/bin/kubectl", kubectl.to_str().unwrap()]);
@@ -182,7 +157,7 @@ fn kubeconfig(cluster: &Cluster, api: u16) {
     assert!(lab.run(&["kubeconfig", "--print"]).contains(&format!("https://127.0.0.1:{api}")));
 }
 
-fn workloads(cluster: &Cluster) {
+fn workloads(cluster: &Test) {
     let (status, said) = cluster.lab.shell("master", "cat > /root/workloads.yaml", WORKLOADS.as_bytes());
     assert_eq!(status, Some(0), "{said}");
     cluster.kubectl("apply -f /root/workloads.yaml");
@@ -194,7 +169,7 @@ fn workloads(cluster: &Cluster) {
     cluster.pods_reach_each_other();
 }
 
-fn rolling_update(cluster: &Cluster) {
+fn rolling_update(cluster: &Test) {
     cluster.kubectl("scale deployment/web --replicas=1");
     cluster.kubectl("set env deployment/web VERSION=2");
     cluster.kubectl("rollout status deployment/web --timeout=900s");
@@ -205,7 +180,7 @@ fn rolling_update(cluster: &Cluster) {
 }
 
 /// Names of the cluster and of the lab, asked by a pod.
-fn names(cluster: &Cluster) {
+fn names(cluster: &Test) {
     let address = cluster.kubectl("get service web -o 'jsonpath={.spec.clusterIP}'");
     let pod = cluster.kubectl("get pods -l app=each -o 'jsonpath={.items[0].metadata.name}'");
     for (name, wanted) in [("web.default.svc.cluster.local", address.as_str()), ("worker1", "192.168.60.11")]
@@ -216,13 +191,13 @@ fn names(cluster: &Cluster) {
 }
 
 /// From a worker's SIGKILL, a snapshot, a power off, and from what the first `up` came to.
-fn comes_back(cluster: &Cluster) {
+fn comes_back(cluster: &Test) {
     let lab = &cluster.lab;
     lab.run(&["snapshot", "save", "good"]);
     on_host("kill -KILL $(lab_pid k8s-test/nodes/worker1/vmm.lock)");
     lab.run(&["up"]);
     cluster.is_ready("worker1");
-    cluster.until("a pod on worker1 serves again", "curl -sf --max-time 20 http://$(kubectl get pods -l app=each --field-selector spec.nodeName=worker1 -o 'jsonpath={.items[0].status.podIP}'):8080/");
+    cluster.until_holds("a pod on worker1 serves again", "curl -sf --max-time 20 http://$(kubectl get pods -l app=each --field-selector spec.nodeName=worker1 -o 'jsonpath={.items[0].status.podIP}'):8080/");
 
     cluster.kubectl("delete deployment web --wait=false");
     lab.run(&["snapshot", "restore", "good"]);
@@ -236,7 +211,7 @@ fn comes_back(cluster: &Cluster) {
     lab.run(&["up"]);
     // kubectl would give up a TLS handshake that takes 10 s.
     let ready = "[ \"$(curl -sk --max-time 60 https://127.0.0.1:6443/readyz)\" = ok ]";
-    cluster.until("the API server answers", ready);
+    cluster.until_holds("the API server answers", ready);
     for node in ["master", "worker1"] {
         cluster.is_ready(node);
     }
@@ -244,7 +219,7 @@ fn comes_back(cluster: &Cluster) {
 }
 
 /// A worker that is removed, and the lab itself.
-fn leaves(cluster: &Cluster) {
+fn leaves(cluster: &Test) {
     let lab = &cluster.lab;
     lab.run(&["destroy", "--yes", "worker1"]);
     assert_eq!(cluster.kubectl("get nodes -o name"), "node/master");

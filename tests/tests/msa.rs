@@ -1,33 +1,25 @@
 //! labfiles/msa: a shop as microservices and in one piece, on a cluster of a master and a worker.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
-use std::time::{Duration, Instant};
-
-use lab_tests::{TestLab, free_port, http_get};
+use lab_tests::{
+    TestLab,
+    cluster::{self, Cluster},
+    free_port, http_get,
+};
 use serde_json::Value;
 
-/// How long the cluster may take for one thing.
-const LIMIT: Duration = Duration::from_secs(1500);
+/// The cluster with the shop.
+struct Shop(Cluster);
 
-struct Shop {
-    lab: TestLab,
+impl std::ops::Deref for Shop {
+    type Target = Cluster;
+
+    fn deref(&self) -> &Cluster {
+        &self.0
+    }
 }
 
 impl Shop {
-    /// Runs a shell command on the master; what it wrote.
-    fn master(&self, script: &str) -> String {
-        let (status, said) = self.lab.shell("master", script, b"");
-        assert_eq!(status, Some(0), "{script}: {said}");
-        said.trim().into()
-    }
-
-    /// Runs kubectl on the master. One that is turned away by a busy API server is run again.
-    fn kubectl(&self, arguments: &str) -> String {
-        self.master(&format!(
-            "for left in 4 3 2 1 0; do kubectl {arguments} && exit; [ $left = 0 ] || echo again >&2; done; exit 1"
-        ))
-    }
-
     /// Scales a service, and waits until that is done.
     fn scale(&self, service: &str, replicas: usize) {
         self.kubectl(&format!("scale deployment/{service} --replicas={replicas}"));
@@ -57,17 +49,6 @@ impl Shop {
         self.lab.shell("master", script, b"").1.trim().into()
     }
 
-    /// Waits until what is tried no longer says what is wrong.
-    fn until(&self, what: &str, mut tried: impl FnMut() -> Result<(), String>) {
-        let end = Instant::now() + LIMIT;
-        while let Err(said) = tried() {
-            let pods = || self.lab.shell("master", "kubectl get pods -o wide 2>&1", b"").1;
-            assert!(Instant::now() < end, "{what}: {said}\n{}", pods());
-            // A cluster on emulated processors has better things to do than to answer.
-            std::thread::park_timeout(Duration::from_secs(5));
-        }
-    }
-
     fn until_stock(&self, product: u32, wanted: i64) {
         self.until("the event lowers the stock", || match self.stock(product) {
             stock if stock == wanted => Ok(()),
@@ -78,14 +59,7 @@ impl Shop {
 
 #[test]
 fn a_shop_of_microservices() {
-    if std::env::var_os("LAB_TEST_LONG").is_none() {
-        eprintln!("SKIPPED: the shop of microservices: LAB_TEST_LONG is not set (scripts/soak sets it)");
-        return;
-    }
-    if std::env::var_os("LAB_BUNDLES").is_none_or(|folders| folders.is_empty()) {
-        eprintln!(
-            "SKIPPED: the shop of microservices: LAB_BUNDLES names no folder with a bundle (docs/bundles.md)"
-        );
+    if !cluster::can_be_had("the shop of microservices", true) {
         return;
     }
     let (port, whole, api) = (free_port(), free_port(), free_port());
@@ -96,7 +70,7 @@ fn a_shop_of_microservices() {
             .replace("\"8081:", &format!("\"{whole}:"))
             .replace("\"6443:", &format!("\"{api}:"))
     });
-    let shop = Shop { lab };
+    let shop = Shop(Cluster { lab });
     shop.lab.run(&["up"]);
     shop.lab.run(&["check"]);
 
