@@ -352,3 +352,25 @@ pub fn http_get(port: u16, path: &str) -> String {
         std::thread::sleep(Duration::from_millis(200));
     }
 }
+
+/// Fetches a page until it has all of `wanted` in it, for five minutes.
+pub fn page_with(port: u16, path: &str, wanted: &[&str]) -> String {
+    let end = Instant::now() + Duration::from_secs(300);
+    loop {
+        let page = http_get(port, path);
+        if wanted.iter().all(|part| page.contains(part)) {
+            return page;
+        }
+        assert!(Instant::now() < end, "{path} has not {wanted:?}: {page}");
+        std::thread::park_timeout(Duration::from_secs(1));
+    }
+}
+
+/// Whether there is time for what takes long; says what is missing.
+pub fn long(what: &str) -> bool {
+    let long = std::env::var_os("LAB_TEST_LONG").is_some();
+    if !long {
+        eprintln!("SKIPPED: {what}: LAB_TEST_LONG is not set (scripts/soak sets it)");
+    }
+    long
+}

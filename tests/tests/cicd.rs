@@ -2,7 +2,7 @@
 //! the same script.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
-use lab_tests::{TestLab, cluster, free_port, http_get};
+use lab_tests::{TestLab, cluster, free_port, http_get, long};
 
 /// Runs a shell command on the master with this status at its end; all that it wrote.
 fn master(lab: &TestLab, status: i32, script: &str) -> String {
@@ -24,7 +24,7 @@ fn push(lab: &TestLab, change: &str) {
 
 #[test]
 fn from_a_push_to_what_is_deployed() {
-    if !cluster::can_be_had("the pipeline", true) {
+    if !long("the pipeline") || !cluster::can_be_had("the pipeline") {
         return;
     }
     let (port, jenkins, api) = (free_port(), free_port(), free_port());

@@ -101,7 +101,7 @@ impl Test {
 
 #[test]
 fn a_master_and_a_worker() {
-    if !cluster::can_be_had("a Kubernetes cluster", false) {
+    if !cluster::can_be_had("a Kubernetes cluster") {
         return;
     }
     let (port, api) = (free_port(), free_port());
@@ -218,11 +218,19 @@ fn comes_back(cluster: &Test) {
     cluster.serves("after halt and up", "1");
 }
 
-/// A worker that is removed, and the lab itself.
+/// A worker that is no longer in the labfile, and the lab itself.
 fn leaves(cluster: &Test) {
     let lab = &cluster.lab;
-    lab.run(&["destroy", "--yes", "worker1"]);
+    let labfile = std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap();
+    let (start, end) = ("[node.\"worker{n}\"]", "[stack.kubernetes]");
+    let (start, end) = (labfile.find(start).unwrap(), labfile.find(end).unwrap());
+    lab.rewrite(&format!("{}{}", &labfile[..start], &labfile[end..]));
+    lab.run(&["up"]);
     assert_eq!(cluster.kubectl("get nodes -o name"), "node/master");
+    cluster.kubectl("rollout status deployment/web --timeout=900s");
+    lab.run(&["destroy", "--yes", "worker1"]);
+    lab.rewrite(&labfile);
+
     let config = lab.dir().join("kube/config");
     let mut destroy = lab.command(&["destroy", "--yes"]);
     destroy.env("KUBECONFIG", &config);

@@ -4,7 +4,7 @@
 use lab_tests::{
     TestLab,
     cluster::{self, Cluster},
-    free_port, http_get,
+    free_port, http_get, long,
 };
 use serde_json::Value;
 
@@ -59,7 +59,7 @@ impl Shop {
 
 #[test]
 fn a_shop_of_microservices() {
-    if !cluster::can_be_had("the shop of microservices", true) {
+    if !long("the shop of microservices") || !cluster::can_be_had("the shop of microservices") {
         return;
     }
     let (port, whole, api) = (free_port(), free_port(), free_port());
