@@ -210,6 +210,7 @@ pub fn environment(lab: &Lab, node: &Node) -> Vec<(String, String)> {
     let topology = &lab.topology;
     let master = topology.nodes.iter().find(|node| node.role == "master").or(topology.nodes.first());
     let names: Vec<String> = topology.nodes.iter().map(|node| format!("{}={}", node.name, node.ip)).collect();
+    let stacks: Vec<&str> = topology.stacks.iter().map(|stack| stack.name.as_str()).collect();
     vec![
         ("LAB_NAME", topology.name.clone()),
         ("LAB_NODE", node.name.clone()),
@@ -218,6 +219,7 @@ pub fn environment(lab: &Lab, node: &Node) -> Vec<(String, String)> {
         ("LAB_SUBNET", format!("{}/{}", topology.network.subnet, topology.network.prefix)),
         ("LAB_GATEWAY", topology.network.gateway.to_string()),
         ("LAB_NODES", names.join(" ")),
+        ("LAB_STACKS", stacks.join(" ")),
         ("LAB_MASTER", master.map(|node| node.name.clone()).unwrap_or_default()),
         ("LAB_MASTER_IP", master.map(|node| node.ip.to_string()).unwrap_or_default()),
         ("LAB_PATIENCE", lab.patience.to_string()),
@@ -229,7 +231,7 @@ pub fn environment(lab: &Lab, node: &Node) -> Vec<(String, String)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path};
+    use std::{collections::BTreeMap, fs, path::Path};
 
     use sha2::{Digest, Sha256};
 
@@ -306,5 +308,21 @@ mod tests {
         let refused = super::super::plan(&wanting).map(drop).unwrap_err().to_string();
         assert!(refused.contains("kubernetes/packages") && refused.contains("1.21.0"), "{refused}");
         assert_eq!(bundle_files(&wanting, &wanting.topology.stacks[0]).unwrap_err().to_string(), refused);
+    }
+
+    #[test]
+    fn a_cluster_that_is_added_is_looked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let inputs = |stacks: &str| -> BTreeMap<String, Option<String>> {
+            let text = format!("name = \"demo\"\n[node.master]\n{stacks}[stack.prometheus]\n");
+            let lab = lab(dir.path(), &text, "i");
+            let plan = super::super::plan(&lab).unwrap();
+            plan.items.iter().map(|item| (item.action.describe(), item.action.inputs(&lab))).collect()
+        };
+        let (without, with) = (inputs(""), inputs("[stack.kubernetes]\n"));
+        for (step, again) in [("cluster", true), ("start-server", true), ("start-exporter", false)] {
+            let step = format!("prometheus/{step}");
+            assert!(without[&step].is_some() && (without[&step] != with[&step]) == again, "{step}");
+        }
     }
 }

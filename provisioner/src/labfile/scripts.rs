@@ -16,12 +16,13 @@ use super::{
 };
 
 /// What scripts find in their environment, except those of baked steps; longer names first.
-const OF_ONE_NODE: [&str; 10] = [
+const OF_ONE_NODE: [&str; 11] = [
     "LAB_PATIENCE",
     "LAB_MASTER_IP",
     "LAB_MASTER",
     "LAB_GATEWAY",
     "LAB_SUBNET",
+    "LAB_STACKS",
     "LAB_NODES",
     "LAB_NODE",
     "LAB_NAME",

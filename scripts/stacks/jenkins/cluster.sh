@@ -1,11 +1,17 @@
-# A kubeconfig for Jenkins, if the master has a cluster: for one namespace of it. The labfile has [stack.kubernetes]
-# before [stack.jenkins], so that the cluster is there by now.
+# A kubeconfig for Jenkins, if the master has a cluster: for one namespace of it.
 set -eu
 folder=/etc/jenkins
 mkdir -p $folder
+case " $LAB_STACKS " in
+    *" kubernetes "*) ;;
+    *)
+        rm -f $folder/kubeconfig
+        exit
+        ;;
+esac
 if [ ! -e /etc/kubernetes/admin.conf ]; then
-    rm -f $folder/kubeconfig
-    exit
+    echo "there is no cluster yet: put [stack.kubernetes] before [stack.jenkins] in the labfile, and run \`lab up\` again" >&2
+    exit 1
 fi
 
 export KUBECONFIG=/etc/kubernetes/admin.conf

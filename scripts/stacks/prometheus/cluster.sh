@@ -1,11 +1,17 @@
-# Lets Prometheus ask the master's Kubernetes, if there is one: by a service account of its own. The labfile has
-# [stack.kubernetes] before [stack.prometheus], so that the cluster is there by now.
+# Lets Prometheus ask the master's Kubernetes, if there is one: by a service account of its own.
 set -eu
 folder=/etc/prometheus/kubernetes
 export KUBECONFIG=/etc/kubernetes/admin.conf
+case " $LAB_STACKS " in
+    *" kubernetes "*) ;;
+    *)
+        rm -rf $folder
+        exit
+        ;;
+esac
 if [ ! -e $KUBECONFIG ]; then
-    rm -rf $folder
-    exit
+    echo "there is no cluster yet: put [stack.kubernetes] before [stack.prometheus] in the labfile, and run \`lab up\` again" >&2
+    exit 1
 fi
 
 again 10 kubectl apply -f "$LAB_STEP/cluster.yaml"

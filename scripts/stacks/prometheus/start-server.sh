@@ -1,5 +1,5 @@
-# What Prometheus looks at: the lab's nodes, as the labfile has them, and the cluster, if the step `cluster` has found
-# one. It reads the nodes again when they change.
+# What Prometheus looks at: the lab's nodes, as the labfile has them, and the cluster, if it has one. It reads the nodes
+# again when they change.
 set -eu
 every=15s
 seldom=30s
@@ -41,10 +41,11 @@ scrape_configs:
 - job_name: node
   file_sd_configs: [{files: [$folder/targets/nodes.json]}]
 END
-if [ -e $cluster/token ]; then
-    # Kubelets have certificates that nobody signed, so those are not checked. Of histograms only sums and counts are
-    # kept: their buckets are most of what an API server tells, and no page shows them.
-    cat >> $folder/prometheus.yml << END
+case " $LAB_STACKS " in
+    *" kubernetes "*)
+        # Kubelets have certificates that nobody signed, so those are not checked. Of histograms only sums and counts are
+        # kept: their buckets are most of what an API server tells, and no page shows them.
+        cat >> $folder/prometheus.yml << END
 
 - job_name: apiserver
   scheme: https
@@ -97,7 +98,8 @@ if [ -e $cluster/token ]; then
   - {source_labels: [__meta_kubernetes_namespace], target_label: namespace}
   - {source_labels: [__meta_kubernetes_pod_name], target_label: pod}
 END
-fi
+        ;;
+esac
 
 # What pages, dashboards and alerts are made of, and the pages: /consoles/nodes.html, cluster.html, containers.html.
 install -m 644 "$LAB_STEP/rules.yml" $folder/lab-rules.yml
