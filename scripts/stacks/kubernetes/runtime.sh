@@ -38,6 +38,11 @@ cat > /etc/sysctl.d/90-kubernetes.conf << 'END'
 net.ipv4.ip_forward = 1
 net.bridge.bridge-nf-call-iptables = 1
 END
+# A container's first process may ignore SIGTERM, as a shell does. A node that shuts down waits for it as long as Kubernetes
+# gives a pod, not for systemd's minute and a half.
+mkdir -p /etc/systemd/system.conf.d
+printf '[Manager]\nDefaultTimeoutStopSec=30s\n' > /etc/systemd/system.conf.d/kubernetes.conf
+systemctl daemon-reload
 modprobe -a overlay br_netfilter
 sysctl -q -p /etc/sysctl.d/90-kubernetes.conf
 systemctl restart containerd.service
