@@ -23,7 +23,6 @@ use crate::{
     json_file,
     lab::Lab,
     layer::{Layer, OVERLAY, Store as Layers},
-    lock,
     paths::{Paths, private_dir},
     progress::Task,
 };
@@ -94,20 +93,8 @@ pub fn take_in(paths: &Paths, file: &Path, task: &Task) -> Result<(), Error> {
         return Ok(());
     }
     let place = Place::new(paths.home().join(".offline.import"));
-    private_dir(place.root())?;
-    let path = place.root().join("lock");
-    let _lock = lock::try_lock(&path)
-        .map_err(|source| Error::write(&path, source))?
-        .ok_or_else(|| Error::Busy(place.root().into()))?;
-    let unpacked = place.unpack(&mut reader, task).and_then(|()| {
-        check(&place.lab(), &table).map_err(|what| Error::Refused { path: file.into(), what })
-    });
-    if let Err(error @ (Error::Damaged { .. } | Error::Refused { .. } | Error::Cut { .. })) = unpacked {
-        // It won't do better the next time. What can't be removed does not matter.
-        drop(place.remove());
-        return Err(error);
-    }
-    unpacked?;
+    let _lock = place.hold()?;
+    place.unpack_checked(&mut reader, task, || check(&place.lab(), &table))?;
     task.detail("put it in its place");
     home.take(&place.lab(), &table)?;
     place.remove()

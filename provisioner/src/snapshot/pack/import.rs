@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     fork, json_file, labfile, lock,
-    paths::{LabPaths, Paths, private_dir},
+    paths::{LabPaths, Paths},
     progress::Task,
     state::{LabState, nodes_on_disk},
 };
@@ -44,23 +44,9 @@ pub fn import(paths: &Paths, mut reader: Reader, folder: &Path, task: &Task) -> 
     refuse_existing(&dirs, &table.lab)?;
     fits(folder, "", &table)?;
     let place = Place::new(paths.labs().join(format!(".{}.import", table.lab)));
-    private_dir(place.root())?;
-    let path = place.root().join("lock");
-    let _lock = lock::try_lock(&path)
-        .map_err(|source| Error::write(&path, source))?
-        .ok_or_else(|| Error::Busy(place.root().into()))?;
-    let unpacked = place.unpack(&mut reader, task).and_then(|()| {
-        let lab = LabPaths { dir: place.lab(), ..dirs.clone() };
-        check(&lab, &table, snapshot).map_err(|what| Error::Refused { path: reader.path().into(), what })
-    });
-    let mut record = match unpacked {
-        Err(error @ (Error::Damaged { .. } | Error::Refused { .. } | Error::Cut { .. })) => {
-            // It won't do better the next time. What can't be removed does not matter.
-            drop(place.remove());
-            return Err(error);
-        }
-        other => other?,
-    };
+    let _lock = place.hold()?;
+    let lab = LabPaths { dir: place.lab(), ..dirs.clone() };
+    let mut record = place.unpack_checked(&mut reader, task, || check(&lab, &table, snapshot))?;
     task.detail("put it in its place");
     let folder = lay(&place.labfile(), folder, &table)?;
     let topology = &mut record.state.topology;
@@ -68,7 +54,6 @@ pub fn import(paths: &Paths, mut reader: Reader, folder: &Path, task: &Task) -> 
     for stack in topology.stacks.iter_mut().filter(|stack| stack.folder.is_some()) {
         stack.folder = Some(folder.join("stacks").join(&stack.name));
     }
-    let lab = LabPaths { dir: place.lab(), ..dirs.clone() };
     json_file::write(&super::super::folder(&lab, snapshot).join("snapshot.json"), &record)?;
     LabState { came_up: true, ..record.state.clone() }.write(&lab)?;
     take_place(&place, &dirs, &table.lab)?;

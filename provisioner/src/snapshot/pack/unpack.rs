@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     files::{self, hex},
-    json_file,
+    json_file, lock,
     paths::private_dir,
     progress::Task,
 };
@@ -110,8 +110,33 @@ impl Place {
         self.record(reader, 0)
     }
 
+    /// Makes the folder, for this process alone as long as the lock is held.
+    pub fn hold(&self) -> Result<File, Error> {
+        private_dir(&self.root)?;
+        let path = self.root.join("lock");
+        let lock = lock::try_lock(&path).map_err(|source| Error::write(&path, source))?;
+        lock.ok_or_else(|| Error::Busy(self.root.clone()))
+    }
+
+    /// Unpacks all files, and gives what `check` finds in them. Of what is damaged or refused nothing is left.
+    pub fn unpack_checked<T>(
+        &self,
+        reader: &mut Reader,
+        task: &Task,
+        check: impl FnOnce() -> Result<T, String>,
+    ) -> Result<T, Error> {
+        let path = reader.path().to_path_buf();
+        let refused = |what| Error::Refused { path, what };
+        let unpacked = self.unpack(reader, task).and_then(|()| check().map_err(refused));
+        if let Err(Error::Damaged { .. } | Error::Refused { .. } | Error::Cut { .. }) = unpacked {
+            // It won't do better the next time. What can't be removed does not matter.
+            drop(self.remove());
+        }
+        unpacked
+    }
+
     /// Unpacks all files.
-    pub fn unpack(&self, reader: &mut Reader, task: &Task) -> Result<(), Error> {
+    pub(super) fn unpack(&self, reader: &mut Reader, task: &Task) -> Result<(), Error> {
         let mut written = match self.resume(reader)? {
             Some(written) => written,
             None => {
