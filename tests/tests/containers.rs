@@ -19,9 +19,11 @@ fn docker_without_root() {
     let port = free_port();
     let lab = TestLab::example("docker.toml", |text| {
         let text = text.replacen("name = \"docker\"", "name = \"rootless-test\"", 1);
-        // The master alone, and its forward.
-        let (start, end) = (text.find("[node.\"worker{n}\"]").unwrap(), text.find("[stack.docker]").unwrap());
-        let text = format!("{}forward = [\"{port}:8080\"]\n\n{}", &text[..start], &text[end..]);
+        // The master alone, its forward, and the steps that make images.
+        let at = |part: &str| text.find(part).unwrap();
+        let (start, end) = (at("[node.\"worker{n}\"]"), at("[stack.docker]"));
+        let steps = at("[[step]]\nname = \"web server\"");
+        let text = format!("{}forward = [\"{port}:8080\"]\n\n{}", &text[..start], &text[end..steps]);
         assert!(text.contains("[stack.docker]\n"));
         text.replacen("[stack.docker]\n", "[stack.docker]\nrootless = \"yes\"\n", 1)
     });
