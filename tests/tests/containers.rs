@@ -2,7 +2,7 @@
 //! containerd; both with the lab's registry. They take long, for what is new in them: scripts/soak runs them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
-use lab_tests::{TestLab, free_port, http_get, long, page_with};
+use lab_tests::{TestLab, free_port, long, page_with};
 
 /// Runs a shell command on the only node; what it wrote.
 fn sh(lab: &TestLab, script: &str) -> String {
@@ -36,7 +36,7 @@ fn docker_without_root() {
         "docker run -d --name page --restart unless-stopped -p 8080:8080 master:5000/lab/busybox \
          sh -c 'mkdir /www && echo a page >/www/index.html && exec httpd -f -p 8080 -h /www'",
     );
-    assert!(http_get(port, "/").contains("a page"));
+    page_with(port, "/", &["a page"]);
     assert_eq!(
         sh(&lab, "ps -o user= -C busybox; ps -o user= -C httpd").split_whitespace().next(),
         Some("lab")

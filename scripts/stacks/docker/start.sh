@@ -45,6 +45,10 @@ loginctl enable-linger $user
 systemctl add-wants multi-user.target "user@$id.service"
 systemctl start "user@$id.service"
 
+# In the daemon's own network the node's name would mean that network: what this file says of it comes first.
+sed -i "/ $LAB_NODE\$/d" /etc/hosts
+echo "$LAB_IP $LAB_NODE" >> /etc/hosts
+
 settings=/home/$user/.config/docker
 mkdir -p /etc/docker/certs.d
 mkdir -p $settings
