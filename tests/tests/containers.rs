@@ -44,6 +44,7 @@ fn docker_without_root() {
     // From the lab's registry, and after a boot nobody has to log in.
     sh(&lab, "docker rmi -f master:5000/lab/web; docker pull -q master:5000/lab/web");
     lab.run(&["restart", "master"]);
+    sh(&lab, "end=$(($(date +%s) + 300)); until docker info || [ $(date +%s) -ge $end ]; do sleep 2; done");
     page_with(port, "/", &["a page"]);
     // And back to root's daemon.
     let text = std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap();
