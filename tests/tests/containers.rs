@@ -34,7 +34,7 @@ fn docker_without_root() {
     sh(
         &lab,
         "docker run -d --name page --restart unless-stopped -p 8080:8080 master:5000/lab/busybox \
-         sh -c 'mkdir /www && echo a page >/www/index.html && exec httpd -f -p 8080 -h /www'",
+         sh -c 'mkdir -p /www && echo a page >/www/index.html && exec httpd -f -p 8080 -h /www'",
     );
     page_with(port, "/", &["a page"]);
     assert_eq!(
