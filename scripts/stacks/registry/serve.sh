@@ -55,11 +55,14 @@ if [ -n "$LAB_OPT_MIRROR_OF" ]; then
 Description=Mirror of $LAB_OPT_MIRROR_OF
 Wants=network-online.target
 After=network-online.target
+# It ends when it can't reach what it mirrors, at boot for example.
+StartLimitIntervalSec=0
 
 [Service]
 User=docker-registry
 ExecStart=/usr/bin/docker-registry serve $folder/mirror.yml
 Restart=on-failure
+RestartSec=2
 
 [Install]
 WantedBy=multi-user.target

@@ -27,5 +27,5 @@ if [ -n "$LAB_OPT_MIRROR_OF" ]; then
     esac
     containerd "$name" "$LAB_OPT_MIRROR_OF" "https://$mirror"
     # It may be a registry of the lab that it mirrors, whose certificate is known only now.
-    if [ "$LAB_NODE" = "$LAB_MASTER" ]; then systemctl try-restart lab-registry-mirror.service; fi
+    if [ "$LAB_NODE" = "$LAB_MASTER" ]; then systemctl restart lab-registry-mirror.service; fi
 fi

@@ -8,7 +8,7 @@ mod flatten;
 mod header;
 mod repair;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     ffi::OsString,

@@ -13,6 +13,22 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Opens a disk that this test has let go. A program that another test starts has its file, and its lock, too, from its
+/// fork to its exec.
+pub(crate) fn when_free<T, E: std::fmt::Display>(open: impl Fn() -> Result<T, E>) -> T {
+    let end = Instant::now() + Duration::from_secs(30);
+    loop {
+        match open() {
+            Ok(opened) => return opened,
+            Err(error) => {
+                let in_use = error.to_string().contains("in use by another machine");
+                assert!(in_use && Instant::now() < end, "{error}");
+            }
+        }
+        std::thread::yield_now();
+    }
+}
+
 /// Runs a tool of QEMU's and returns what it printed.
 fn qemu(tool: &str, arguments: &[&str]) -> String {
     let output = Command::new(tool)
@@ -103,12 +119,7 @@ fn a_writable_image_is_opened_once() {
     }
     open(&base, false).unwrap();
     drop(first);
-    // A program that another test starts has this file, and its lock, too, from its fork to its exec.
-    let end = Instant::now() + Duration::from_secs(30);
-    while let Err(error) = open(&overlay, true).map(drop) {
-        assert!(matches!(error, Error::InUse { .. }) && Instant::now() < end, "{error}");
-        std::thread::yield_now();
-    }
+    when_free(|| open(&overlay, true));
 }
 
 #[test]
