@@ -38,7 +38,7 @@ impl TestLab {
         Self { dir, file, home: None }
     }
 
-    /// The same, in another LAB_HOME.
+    /// The same, in another LAB_HOME, and without what LAB_BUNDLES names.
     pub fn at_home(text: &str, home: &Path) -> Self {
         let mut lab = Self::new(text);
         lab.home = Some(home.into());
@@ -95,7 +95,9 @@ impl TestLab {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(program());
         command.arg("-f").arg(&self.file).args(arguments).current_dir(self.dir.path());
-        command.envs(self.home.as_ref().map(|home| ("LAB_HOME", home)));
+        if let Some(home) = &self.home {
+            command.env("LAB_HOME", home).env_remove("LAB_BUNDLES");
+        }
         command
     }
 
@@ -203,6 +205,15 @@ impl OtherHome {
     /// The folder.
     pub fn path(&self) -> &Path {
         self.dir.path()
+    }
+
+    /// Starts its emulated host and lets that reach nothing but this machine; false without one.
+    pub fn unplug(&self) -> bool {
+        if self.emulated {
+            lab_host(Some(self.path()), &["start"]);
+            lab_host(Some(self.path()), &["exec", "ip", "route", "del", "default"]);
+        }
+        self.emulated
     }
 }
 

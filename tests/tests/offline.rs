@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use lab_tests::{OtherHome, TestLab, text};
+use lab_tests::{OtherHome, TestLab, cluster, free_port, http_get, long, text};
 
 /// A lab with a baked and an ordinary step, which take files along.
 fn labfile(two: &str) -> String {
@@ -93,4 +93,35 @@ fn a_lab_from_a_bundle() {
     lab.rewrite(&labfile("two"));
     let said = lab.fails(1, &["up", "--offline", &file]);
     assert!(said.contains("layer step/baked") && said.contains("lab bundle build"), "{said}");
+}
+
+/// Programs, packages and container images of a cluster, on a machine that reaches nobody.
+#[test]
+fn a_cluster_without_a_network() {
+    if !long("a cluster without a network") || !cluster::can_be_had("a cluster without a network") {
+        return;
+    }
+    let there = tempfile::tempdir_in("/var/tmp").unwrap();
+    let file = there.path().join("cluster.labbundle");
+    let shown = file.to_str().unwrap();
+    let (port, api) = (free_port(), free_port());
+    let labfile = {
+        let lab = TestLab::example("kubernetes.toml", |text| {
+            let text = text.replacen("name = \"kubernetes\"", "name = \"cluster-offline\"", 1);
+            assert!(text.contains("\"8080:") && text.contains("\"6443:"));
+            text.replace("\"8080:", &format!("\"{port}:")).replace("\"6443:", &format!("\"{api}:"))
+        });
+        lab.run(&["bundle", "build", "--to", shown]);
+        std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap()
+    };
+    let home = OtherHome::new();
+    let unplugged = home.unplug();
+    let lab = TestLab::at_home(&labfile, home.path());
+    let said = lab.fails(1, &["up"]);
+    assert!(said.contains("LAB_BUNDLES"), "{said}");
+    lab.run(&["up", "--offline", shown]);
+    lab.run(&["check"]);
+    assert!(http_get(port, "/").contains("hello from "));
+    let (reached, said) = lab.shell("master", "curl -sS --max-time 20 http://deb.debian.org/ 2>&1", b"");
+    assert!(!unplugged || reached != Some(0), "the network was there: {said}");
 }
