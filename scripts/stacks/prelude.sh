@@ -28,6 +28,7 @@ packages() {
 
 # download URL FILE: fetches a file whose content somebody else checks.
 download() {
+    rm -f "$2" # apt goes on with what is there, whatever that is
     if ! /usr/lib/apt/apt-helper -o Acquire::Retries=5 download-file "$1" "$2"; then
         echo "cannot fetch $1" >&2
         echo "look whether this machine reaches it, then run \`lab up\` again; without a network: \`lab up --offline BUNDLE\`" >&2

@@ -1,8 +1,17 @@
 # The control plane's images and what the labfile's options add to the cluster, so that nodes find all of it without a
 # download: manifests in /usr/local/share/lab/kubernetes, the images that those name in containerd's store.
 set -eu
-rm -f /etc/containerd/config.toml # Docker's package switches off what Kubernetes talks to
-systemctl restart containerd.service
+if [ "$LAB_OPT_GATEWAY" = true ] && [ -z "$LAB_OPT_LOAD_BALANCER" ]; then
+    echo "gateway = true needs an address for the Gateway: give some by \`load_balancer\` in the labfile" >&2
+    exit 1
+fi
+# Where a node of a cluster is asked for more, containerd runs, with the settings of the step `runtime`.
+[ ! -e /etc/kubernetes/kubelet.conf ] || joined=yes
+if [ -z "${joined:-}" ]; then
+    rm -f /etc/containerd/config.toml # Docker's package switches off what Kubernetes talks to
+    systemctl stop containerd.service
+fi
+systemctl start containerd.service
 kubeadm config images pull --kubernetes-version "$(kubeadm version -o short)"
 
 manifests=/usr/local/share/lab/kubernetes
@@ -41,12 +50,15 @@ if [ "$LAB_OPT_GATEWAY" = true ]; then
     download $github/envoyproxy/gateway/releases/download/v1.6.1/install.yaml $manifests/gateway.yaml
 fi
 
+# What a manifest does not name: Envoy itself, which its controller starts.
+envoy=
+[ "$LAB_OPT_GATEWAY" != true ] || envoy=docker.io/envoyproxy/envoy:distroless-v1.36.3
 images=$(sed -n 's/^ *\(- \)\{0,1\}image: *"\{0,1\}\([^" ]*\)"\{0,1\} *$/\2/p' $manifests/*.yaml 2> /dev/null | sort -u)
-for image in $images; do
+for image in $images $envoy; do
     if ! again 3 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull "$image"; then
         echo "cannot fetch the image $image" >&2
         echo "look whether this machine reaches its registry, then run \`lab up\` again" >&2
         exit 1
     fi
 done
-systemctl stop containerd.service
+[ -n "${joined:-}" ] || systemctl stop containerd.service

@@ -15,8 +15,8 @@ token=$(cat "$work/token")
 api=v1beta4
 [ "$minor" -ge 31 ] || api=v1beta3
 [ "$minor" -ge 22 ] || api=v1beta2
-patches_flag=--patches
-[ "$minor" -ge 22 ] || patches_flag=--experimental-patches
+patches= # where kubeadm takes them from its configuration, it takes no flag for them
+[ "$minor" -ge 22 ] || patches="--experimental-patches $work/patches"
 socket=unix:///run/containerd/containerd.sock
 [ "$minor" -ge 24 ] || socket=${socket#unix://} # earlier ones have no scheme in front of the path
 allocate=true
@@ -58,6 +58,7 @@ nodeRegistration:
   name: $LAB_NODE
   criSocket: $socket
   taints: [] # a lab is small: its master carries pods, too
+$([ -n "$patches" ] || printf 'patches: {directory: %s}' "$work/patches")
 ---
 apiVersion: kubeadm.k8s.io/$api
 kind: ClusterConfiguration
@@ -172,12 +173,12 @@ asks() {
 
 phase certs all
 phase kubeconfig all
-phase control-plane apiserver $patches_flag "$work/patches"
-phase etcd local $patches_flag "$work/patches"
+phase control-plane apiserver $patches
+phase etcd local $patches
 phase kubelet-start
 answers $((300 * LAB_PATIENCE))
-phase control-plane controller-manager $patches_flag "$work/patches"
-phase control-plane scheduler $patches_flag "$work/patches"
+phase control-plane controller-manager $patches
+phase control-plane scheduler $patches
 asks phase upload-config all
 asks phase mark-control-plane
 asks phase bootstrap-token

@@ -11,7 +11,8 @@ needed="containerd runc containernetworking-plugins iptables conntrack socat ope
 # shellcheck disable=SC2086 # one word a package
 packages $needed
 if [ "$LAB_OPT_STORAGE" = nfs ]; then
-    systemctl disable nfs-server.service # the step `services` starts it on the master
+    # The step `services` starts it on the master.
+    [ -e /etc/kubernetes/kubelet.conf ] || systemctl disable nfs-server.service
 fi
 
 zstd -dc --long=27 "$LAB_STEP/k8s-node-binaries.tar.zst" | tar -C /usr/bin -x --no-same-owner kubelet kubeadm kubectl

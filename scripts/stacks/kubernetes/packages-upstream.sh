@@ -15,8 +15,11 @@ url="https://download.docker.com/linux/$ID"
 repository docker "$url" "$VERSION_CODENAME" stable "$url/gpg" 9DC858229FC7DD38854AE2D88D81803C0EBFCD88
 packages containerd.io iptables conntrack socat openssl kubelet kubeadm kubectl cri-tools kubernetes-cni
 apt-mark hold kubelet kubeadm kubectl
+# Its key is renewed every other year: with an old one, everything else could not be installed any more either.
+rm /etc/apt/sources.list.d/kubernetes.sources
 if [ "$LAB_OPT_STORAGE" = nfs ]; then
     packages nfs-kernel-server nfs-common
-    systemctl disable nfs-server.service # the step `services` starts it on the master
+    # The step `services` starts it on the master.
+    [ -e /etc/kubernetes/kubelet.conf ] || systemctl disable nfs-server.service
 fi
 systemctl enable containerd.service kubelet.service

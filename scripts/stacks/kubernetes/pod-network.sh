@@ -1,7 +1,11 @@
 # Pods' addresses and the way between nodes: a bridge on each node, and a route to each other node's pods. A node with the
 # address a.b.c.N has the pods X.Y.N.0/24, so nobody has to be asked. flannel and calico come with the step `init`.
 set -eu
-[ "$LAB_OPT_NETWORK" = bridge ] || exit 0
+if [ "$LAB_OPT_NETWORK" != bridge ]; then
+    # Until its pods have written theirs, there is no network: not that of the stack containerd either.
+    rm -f /etc/cni/net.d/99-bridge.conflist
+    exit
+fi
 first=${LAB_OPT_POD_NETWORK%.0.0/16}
 if ! echo "$first" | grep -Eqx '[0-9]+\.[0-9]+'; then
     echo "pod_network = \"$LAB_OPT_POD_NETWORK\": with network = \"bridge\" it must be like 10.244.0.0/16" >&2
@@ -53,6 +57,10 @@ END
     done
     echo "rule=\"POSTROUTING -s $LAB_OPT_POD_NETWORK ! -d $LAB_OPT_POD_NETWORK -j MASQUERADE\""
     echo 'iptables -w -t nat -C $rule 2> /dev/null || iptables -w -t nat -A $rule'
+    echo '# Where Docker was before Kubernetes, it forwards for its own containers alone.'
+    echo "for rule in \"FORWARD -s $LAB_OPT_POD_NETWORK -j ACCEPT\" \"FORWARD -d $LAB_OPT_POD_NETWORK -j ACCEPT\"; do"
+    echo '    iptables -w -C $rule 2> /dev/null || iptables -w -A $rule'
+    echo 'done'
 } > /usr/local/sbin/lab-pod-network
 chmod 755 /usr/local/sbin/lab-pod-network
 cat > /etc/systemd/system/lab-pod-network.service << 'END'

@@ -49,7 +49,7 @@ case $LAB_OPT_STORAGE/$LAB_SOURCE in
     nfs/upstream)
         # A driver makes a folder of the share a volume when one is asked for.
         again 5 kubectl apply -f $manifests/csi-nfs.yaml
-        class nfs.csi.k8s.io "server: \"$LAB_MASTER_IP\", share: /srv/volumes" > "$work/volumes.yaml"
+        class nfs.csi.k8s.io "server: \"$LAB_MASTER_IP\", share: /srv/volumes, mountPermissions: \"0777\"" > "$work/volumes.yaml"
         again 10 kubectl apply -f "$work/volumes.yaml"
         ;;
     nfs/bundle)
@@ -84,6 +84,8 @@ if [ -n "$LAB_OPT_LOAD_BALANCER" ]; then
     # The addresses are looked at by a webhook of the controller's, and told by a speaker on every node: where they are set
     # before both run, no service ever gets one.
     rolled_out metallb-system deployment/controller daemonset/speaker
+    # kubeadm keeps it from a control plane; here the master carries pods, and may be the only node.
+    again 5 kubectl label node "$LAB_NODE" node.kubernetes.io/exclude-from-external-load-balancers-
     cat > "$work/addresses.yaml" << END
 apiVersion: metallb.io/v1beta1
 kind: IPAddressPool
