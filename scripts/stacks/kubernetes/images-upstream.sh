@@ -26,7 +26,7 @@ case $LAB_OPT_NETWORK in
         ;;
     calico)
         # It finds the pods' addresses in kubeadm's configuration.
-        download $raw/projectcalico/calico/v3.31.2/manifests/calico.yaml $manifests/network.yaml
+        download $raw/projectcalico/calico/v3.32.1/manifests/calico.yaml $manifests/network.yaml
         ;;
 esac
 if [ "$LAB_OPT_METRICS_SERVER" = true ]; then
@@ -47,12 +47,12 @@ if [ "$LAB_OPT_STORAGE" = nfs ]; then
     rm $manifests/part
 fi
 if [ "$LAB_OPT_GATEWAY" = true ]; then
-    download $github/envoyproxy/gateway/releases/download/v1.6.1/install.yaml $manifests/gateway.yaml
+    download $github/envoyproxy/gateway/releases/download/v1.9.0/install.yaml $manifests/gateway.yaml
 fi
 
 # What a manifest does not name: Envoy itself, which its controller starts.
 envoy=
-[ "$LAB_OPT_GATEWAY" != true ] || envoy=docker.io/envoyproxy/envoy:distroless-v1.36.3
+[ "$LAB_OPT_GATEWAY" != true ] || envoy=docker.io/envoyproxy/envoy:distroless-v1.39.0
 images=$(sed -n 's/^ *\(- \)\{0,1\}image: *"\{0,1\}\([^" ]*\)"\{0,1\} *$/\2/p' $manifests/*.yaml 2> /dev/null | sort -u)
 for image in $images $envoy; do
     if ! again 3 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull "$image"; then
