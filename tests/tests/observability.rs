@@ -5,7 +5,7 @@
 use lab_tests::{
     TestLab,
     cluster::{self, Cluster},
-    free_port, long, page_with,
+    free_port, long, output, page_with, text,
 };
 
 #[test]
@@ -17,14 +17,17 @@ fn nodes_are_seen_and_missed() {
         text.replace("\"9090:", &format!("\"{prometheus}:")).replace("\"9093:", &format!("\"{alerts}:"))
     });
     lab.run(&["up"]);
-    // Both have been asked for their metrics at least once, and a page shows them.
+    // That it is up means that both have been asked for their metrics, also after a restore.
+    lab.run(&["check"]);
+    lab.run(&["destroy", "--yes"]);
+    assert!(text(&output(lab.command(&["up"]), b"")).contains("restore snapshot first-up"));
+    lab.run(&["check"]);
     let both = ["\"node\":\"master\"", "\"node\":\"worker1\""];
     page_with(prometheus, "/api/v1/query?query=up%7Bjob%3D%22node%22%7D%3D%3D1", &both);
     page_with(prometheus, "/consoles/nodes.html", &["<td>master</td>", "<td>worker1</td>", "<td>yes</td>"]);
     for page in ["cluster", "containers"] {
         page_with(prometheus, &format!("/consoles/{page}.html"), &["[stack.kubernetes]"]);
     }
-    lab.run(&["check"]);
 
     // A node that cannot be asked becomes an alert, which Alertmanager has been told.
     lab.shell("worker1", "systemctl stop prometheus-node-exporter", b"");
