@@ -2,12 +2,7 @@
 //! programs that would change something are stand-ins that write down how they are called.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::Command,
-};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
 use lab_tests::{output, repository, text};
 
@@ -19,7 +14,7 @@ struct Node {
 impl Node {
     fn new(programs: &[(&str, &str)]) -> Self {
         let node = Self { root: tempfile::tempdir().unwrap() };
-        for folder in ["bin", "step", "root", "etc/systemd/system", "etc/kubernetes/pki", "usr/local/sbin"] {
+        for folder in ["bin", "step", "root", "etc/systemd/system", "etc/kubernetes", "usr/local/sbin"] {
             fs::create_dir_all(node.path(folder)).unwrap();
         }
         for (name, does) in programs {
@@ -55,13 +50,6 @@ impl Node {
     }
 }
 
-fn self_signed(file: &Path) {
-    let mut openssl = Command::new("openssl");
-    openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
-    openssl.args(["-subj", "/CN=test", "-keyout", "/dev/null", "-out"]).arg(file);
-    assert!(output(openssl, b"").status.success());
-}
-
 /// kubeadm refuses `--patches` beside `--config` from 1.23 on, and knows it from 1.22 on:
 /// https://github.com/kubernetes/kubernetes/pull/104065
 #[test]
@@ -71,9 +59,13 @@ fn kubeadm_finds_patches_where_its_version_looks() {
     {
         let kubeadm =
             format!("case $1 in version) echo {version} ;; token) echo abcdef.0123456789abcdef ;; esac");
-        let node =
-            Node::new(&[("kubeadm", &kubeadm), ("kubectl", "echo ok"), ("systemctl", ""), ("ctr", "")]);
-        self_signed(&node.path("etc/kubernetes/pki/ca.crt"));
+        let node = Node::new(&[
+            ("kubeadm", &kubeadm),
+            ("kubectl", "echo ok"),
+            ("systemctl", ""),
+            ("ctr", ""),
+            ("openssl", ""),
+        ]);
         fs::write(node.path("etc/kubernetes/admin.conf"), "").unwrap();
         let calls = node.run(
             "init.sh",
