@@ -49,6 +49,16 @@ impl Cluster {
     }
 }
 
+/// The lab of labfiles/kubernetes.toml under another name, with other ports of this machine for its application and its
+/// API server.
+pub fn example(name: &str, web: u16, api: u16) -> TestLab {
+    TestLab::example("kubernetes.toml", |text| {
+        let text = text.replacen("name = \"kubernetes\"", &format!("name = \"{name}\""), 1);
+        assert!(text.contains("\"8080:") && text.contains("\"6443:"));
+        text.replace("\"8080:", &format!("\"{web}:")).replace("\"6443:", &format!("\"{api}:"))
+    })
+}
+
 /// Whether there is a bundle for a cluster; says what is missing.
 pub fn can_be_had(what: &str) -> bool {
     let there = std::env::var_os("LAB_BUNDLES").is_some_and(|folders| !folders.is_empty());

@@ -4,7 +4,6 @@
 use std::process::Command;
 
 use lab_tests::{
-    TestLab,
     cluster::{self, Cluster},
     free_port, http_get, on_host, output, text,
 };
@@ -105,11 +104,7 @@ fn a_master_and_a_worker() {
         return;
     }
     let (port, api) = (free_port(), free_port());
-    let lab = TestLab::example("kubernetes.toml", |text| {
-        let text = text.replacen("name = \"kubernetes\"", "name = \"k8s-test\"", 1);
-        assert!(text.contains("\"8080:") && text.contains("\"6443:"));
-        text.replace("\"8080:", &format!("\"{port}:")).replace("\"6443:", &format!("\"{api}:"))
-    });
+    let lab = cluster::example("k8s-test", port, api);
     let cluster = Test { cluster: Cluster { lab }, port };
     let lab = &cluster.lab;
 

@@ -104,13 +104,9 @@ fn a_cluster_without_a_network() {
     let there = tempfile::tempdir_in("/var/tmp").unwrap();
     let file = there.path().join("cluster.labbundle");
     let shown = file.to_str().unwrap();
-    let (port, api) = (free_port(), free_port());
+    let port = free_port();
     let labfile = {
-        let lab = TestLab::example("kubernetes.toml", |text| {
-            let text = text.replacen("name = \"kubernetes\"", "name = \"cluster-offline\"", 1);
-            assert!(text.contains("\"8080:") && text.contains("\"6443:"));
-            text.replace("\"8080:", &format!("\"{port}:")).replace("\"6443:", &format!("\"{api}:"))
-        });
+        let lab = cluster::example("cluster-offline", port, free_port());
         lab.run(&["bundle", "build", "--to", shown]);
         std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap()
     };

@@ -6,8 +6,7 @@ if [ "$LAB_OPT_GATEWAY" = true ] && [ -z "$LAB_OPT_LOAD_BALANCER" ]; then
     exit 1
 fi
 # Where a node of a cluster is asked for more, containerd runs, with the settings of the step `runtime`.
-[ ! -e /etc/kubernetes/kubelet.conf ] || joined=yes
-if [ -z "${joined:-}" ]; then
+if [ ! -e /etc/kubernetes/kubelet.conf ]; then
     rm -f /etc/containerd/config.toml # Docker's package switches off what Kubernetes talks to
     systemctl stop containerd.service
 fi
@@ -48,17 +47,16 @@ if [ "$LAB_OPT_STORAGE" = nfs ]; then
 fi
 if [ "$LAB_OPT_GATEWAY" = true ]; then
     download $github/envoyproxy/gateway/releases/download/v1.9.0/install.yaml $manifests/gateway.yaml
+    # What its manifest does not name: Envoy itself, which the controller starts.
+    envoy=docker.io/envoyproxy/envoy:distroless-v1.39.0
 fi
 
-# What a manifest does not name: Envoy itself, which its controller starts.
-envoy=
-[ "$LAB_OPT_GATEWAY" != true ] || envoy=docker.io/envoyproxy/envoy:distroless-v1.39.0
 images=$(sed -n 's/^ *\(- \)\{0,1\}image: *"\{0,1\}\([^" ]*\)"\{0,1\} *$/\2/p' $manifests/*.yaml 2> /dev/null | sort -u)
-for image in $images $envoy; do
+for image in $images ${envoy:-}; do
     if ! again 3 crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull "$image"; then
         echo "cannot fetch the image $image" >&2
         echo "look whether this machine reaches its registry, then run \`lab up\` again" >&2
         exit 1
     fi
 done
-[ -n "${joined:-}" ] || systemctl stop containerd.service
+[ -e /etc/kubernetes/kubelet.conf ] || systemctl stop containerd.service
