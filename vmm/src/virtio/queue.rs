@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use virtio_bindings::{virtio_config::VIRTIO_F_VERSION_1, virtio_ring};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
 use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
@@ -21,6 +21,9 @@ pub(crate) const COMMON_FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 
 /// Longest chain taken, in pieces of host memory: what one `preadv` takes (IOV_MAX), and more than any driver sends.
 pub(crate) const MAX_PIECES: usize = 1024;
+
+/// Offset of the entries in the available ring (virtio 1.3 §2.7.6).
+const AVAIL_ENTRIES: u64 = 4;
 
 /// How far a device has come in a queue: chains taken from the driver and given back, modulo 2^16.
 pub type Position = (u16, u16);
@@ -126,6 +129,24 @@ impl DeviceQueue {
     /// Puts the last chain back that [`Self::pop`] gave: it will come again.
     pub fn undo_pop(&mut self) {
         self.queue.go_to_previous_position();
+    }
+
+    /// Puts all chains back that were taken and not given back, in the order in which they were taken; the driver stands
+    /// still. Others that were taken between them may have been given back before them, and then the available ring has
+    /// those in their places: these are written to it, which is the driver's (virtio 1.3 §2.7.6), but never read by one. So
+    /// how far the device has come is all that a snapshot needs to know.
+    pub fn put_back(&mut self, memory: &GuestMemoryMmap, heads: impl ExactSizeIterator<Item = u16>) {
+        for _ in 0..heads.len() {
+            self.undo_pop();
+        }
+        let mut index = self.queue.next_avail();
+        for head in heads {
+            let slot =
+                self.queue.avail_ring() + AVAIL_ENTRIES + 2 * u64::from(index % self.queue.size().max(1));
+            // The ring was found to lie in memory when the device started.
+            let _ = memory.write_obj(head.to_le(), GuestAddress(slot));
+            index = index.wrapping_add(1);
+        }
     }
 
     /// How far the device has come.

@@ -234,7 +234,7 @@ impl Handler for NetHandler {
     }
 
     fn put_back(&mut self) {
-        self.receiver.put_back();
-        self.transmitter.put_back();
+        self.receiver.put_back(&self.memory);
+        self.transmitter.put_back(&self.memory);
     }
 }

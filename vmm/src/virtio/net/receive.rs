@@ -53,11 +53,10 @@ impl Receiver {
         }
     }
 
-    /// Puts the buffers back that were taken and not filled. They were the last ones taken.
-    pub fn put_back(&mut self) {
-        for _ in self.buffers.drain(..) {
-            self.queue.undo_pop();
-        }
+    /// Puts the buffers back that were taken and not filled. Where packets came together, some of them lie between those
+    /// that were filled.
+    pub fn put_back(&mut self, memory: &GuestMemoryMmap) {
+        self.queue.put_back(memory, self.buffers.drain(..).map(|buffer| buffer.head));
         self.room = 0;
     }
 

@@ -34,11 +34,9 @@ impl Transmitter {
         Self { queue, waiting: VecDeque::with_capacity(BATCH), counters }
     }
 
-    /// Puts the packets back that were taken and not sent. They were the last ones taken, but for what was no packet.
-    pub fn put_back(&mut self) {
-        for _ in self.waiting.drain(..) {
-            self.queue.undo_pop();
-        }
+    /// Puts the packets back that were taken and not sent.
+    pub fn put_back(&mut self, memory: &GuestMemoryMmap) {
+        self.queue.put_back(memory, self.waiting.drain(..).map(|packet| packet.head));
     }
 
     /// Sends as much as there is, and as there is room for.
