@@ -413,9 +413,9 @@ impl Function for VirtioPci {
     }
 
     fn resume(&mut self) -> Result<(), String> {
-        let Some(positions) = self.restored.take() else {
-            return self.guarded(|device| device.resume());
-        };
+        // Also one that was restored and has not worked yet: its files may have been frozen since.
+        self.guarded(|device| device.resume())?;
+        let Some(positions) = self.restored.take() else { return Ok(()) };
         self.activate(Some(&positions));
         // Interrupts may have been lost, too; drivers look and find nothing new.
         for queue in 0..self.shared.queue_vectors.len() {

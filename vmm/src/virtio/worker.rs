@@ -175,32 +175,41 @@ impl<H: Handler> Worker<H> {
         }
     }
 
-    /// Ends the thread and gives its handler back.
+    /// Ends the thread and gives its handler back, with what it holds of its queues: the driver has given them up.
     pub fn stop(mut self) -> Option<H> {
-        self.pause();
+        self.rest();
         match self.state {
             State::Resting(resting) => Some(resting.handler),
             State::Working(_) | State::Lost => None,
         }
     }
-}
 
-impl<H: Handler> Working for Worker<H> {
-    fn pause(&mut self) {
+    /// Ends the thread. False if there was none.
+    fn rest(&mut self) -> bool {
         let thread = match std::mem::replace(&mut self.state, State::Lost) {
             State::Working(thread) => thread,
             other => {
                 self.state = other;
-                return;
+                return false;
             }
         };
         // Fails only if the counter is at its end, and then the event is there.
         let _ = self.stop.write(1);
-        if let Ok(mut resting) = thread.join() {
+        if let Ok(resting) = thread.join() {
             // Not to be seen by the next thread.
             let _ = self.stop.read();
-            resting.handler.put_back();
             self.state = State::Resting(resting);
+        }
+        true
+    }
+}
+
+impl<H: Handler> Working for Worker<H> {
+    fn pause(&mut self) {
+        if self.rest()
+            && let Some(handler) = self.at_rest()
+        {
+            handler.put_back();
         }
     }
 

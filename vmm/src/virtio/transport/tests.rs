@@ -20,6 +20,7 @@ use crate::{
 #[derive(Default)]
 struct Probe {
     activations: AtomicUsize,
+    resumes: AtomicUsize,
     resets: AtomicUsize,
     panics: AtomicBool,
     given: Mutex<Option<Activation>>,
@@ -56,7 +57,13 @@ impl VirtioDevice for Idle {
     fn pause(&mut self) {}
 
     fn resume(&mut self) -> Result<(), Error> {
+        assert_eq!(self.0.activations.load(Ordering::SeqCst), 0, "before it works");
+        self.0.resumes.fetch_add(1, Ordering::SeqCst);
         Ok(())
+    }
+
+    fn positions(&mut self) -> Vec<Position> {
+        vec![(0, 0); 3]
     }
 
     fn reset(&mut self) {
@@ -105,6 +112,21 @@ fn drive(pci: &mut VirtioPci, rings: u64) {
         pci.write_bar(0x1c, &[1, 0]);
     }
     pci.write_bar(0x14, &[15]);
+}
+
+#[test]
+fn a_restored_device_looks_after_its_files_before_it_works() {
+    let (mut saved, ..) = transport();
+    drive(&mut saved, 0x2000);
+    let state = saved.save().unwrap();
+    let (mut pci, probe, _) = transport();
+    pci.restore(&state).unwrap();
+    // It may be saved again while it stands still, its disks frozen under it.
+    pci.pause();
+    pci.save().unwrap();
+    pci.resume().unwrap();
+    let count = |what: &AtomicUsize| what.load(Ordering::SeqCst);
+    assert_eq!((count(&probe.resumes), count(&probe.activations)), (1, 1));
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    hash::{BuildHasher, Hasher, RandomState},
     io::Write,
     os::unix::net::UnixStream,
 };
@@ -36,6 +37,12 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_REPLIES: usize = 256;
 /// First port of ours for connections from the host.
 const FIRST_PORT: u32 = 1 << 30;
+
+/// A restored guest may still have sockets for ports from before, and refuse these: it is hardly met with one of them again.
+fn first_port(restored: bool) -> u32 {
+    let random = RandomState::new().build_hasher().finish() as u32;
+    if restored { FIRST_PORT + random % FIRST_PORT } else { FIRST_PORT }
+}
 
 const STREAM_EVENTS: EventSet = EventSet::IN.union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
 
@@ -82,7 +89,7 @@ impl Muxer {
             acceptable: true,
             stalled: false,
             next_token: STREAMS,
-            next_port: FIRST_PORT,
+            next_port: first_port(given.restored),
             restored: given.restored,
         }
     }

@@ -34,6 +34,10 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     let folder = tempfile::tempdir().unwrap();
     let mut guest = Guest::new(folder.path());
     guest.driver.send(2, &[], &[8]);
+    let mut before = connect(&guest.config);
+    before.write_all(b"CONNECT 22\n").unwrap();
+    let (request, _) = guest.receive();
+    let port = { request.source_port };
     guest.device.pause();
     let positions = guest.device.positions();
     let features = guest.device.features();
@@ -47,6 +51,7 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     host.write_all(b"CONNECT 22\n").unwrap();
     let (request, _) = guest.receive();
     assert_eq!(({ request.operation }, { request.destination_port }), (operation::REQUEST, 22));
+    assert_ne!({ request.source_port }, port, "the guest may have a socket for that");
     guest.device.reset();
 }
 
