@@ -7,7 +7,8 @@
 //! ```
 //!
 //! A layer's key is a digest of the image or layer below it and of all that the step depends on, so it is never changed,
-//! only made and removed. `actions::Layer` makes them.
+//! only made and removed. One that is made again under the same key has the same files, but in other blocks of its disk: a
+//! layer only ever stands on the very one that it was made on. `actions::Layer` makes them.
 
 use std::{
     fs, io,
@@ -40,6 +41,11 @@ pub enum Error {
         "the image `{0}` was replaced while a layer was made of it: `lab up` again makes it of the new one"
     )]
     ImageChanged(String),
+    /// The lab has disks on another layer of this key.
+    #[error(
+        "the layer {0} was made again since this lab was brought up, whose disks stand on the earlier one, and what is to be made would need both: `lab destroy`, then `lab up` makes all of it anew"
+    )]
+    Another(String),
     /// Another command makes it.
     #[error("the layer {key} is still being made by another lab command after {seconds} s: wait for its end")]
     Busy {
@@ -80,6 +86,9 @@ pub struct Layer {
     pub image: String,
     /// Key of the layer below; `None` if that is the image.
     pub parent: Option<String>,
+    /// When that was made: another one of the same key is another disk.
+    #[serde(default)]
+    pub parent_created_s: Option<u64>,
     /// Size of the disk in bytes: a node's can't be smaller.
     pub size_bytes: u64,
     /// When it was made: seconds since 1970.
@@ -87,11 +96,20 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// A layer that is made now.
-    pub fn new(step: &str, image: &str, parent: Option<String>, size_bytes: u64) -> Self {
+    /// A layer that is made now, upon the one of this key that was made then.
+    pub fn new(step: &str, image: &str, parent: Option<(String, u64)>, size_bytes: u64) -> Self {
         let now = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
         let created_s = now.map_or(0, |now| now.as_secs());
-        Self { format: FORMAT, step: step.into(), image: image.into(), parent, size_bytes, created_s }
+        let (parent, parent_created_s) = parent.unzip();
+        Self {
+            format: FORMAT,
+            step: step.into(),
+            image: image.into(),
+            parent,
+            parent_created_s,
+            size_bytes,
+            created_s,
+        }
     }
 }
 
@@ -141,10 +159,12 @@ impl Store {
 
     /// How many of these layers, one upon the other, are there for a disk of this size.
     pub fn present(&self, keys: &[String], disk_bytes: u64) -> Result<usize, Error> {
+        let mut below = None;
         for (index, key) in keys.iter().enumerate() {
-            if self.get(key)?.is_none_or(|layer| layer.size_bytes > disk_bytes) {
-                return Ok(index);
-            }
+            let layer = self.get(key)?;
+            let fits = |layer: &Layer| layer.size_bytes <= disk_bytes && layer.parent_created_s == below;
+            let Some(layer) = layer.filter(fits) else { return Ok(index) };
+            below = Some(layer.created_s);
         }
         Ok(keys.len())
     }
@@ -179,6 +199,9 @@ impl Store {
     }
 
     /// Gives a layer and all below it a second name in `layers`, a folder of a lab's.
+    ///
+    /// # Errors
+    /// One of them is not there, or the folder has another one of its key.
     pub fn link(&self, key: &str, layers: &Path) -> Result<(), Error> {
         let mut next = Some(key.to_owned());
         while let Some(key) = next {
@@ -186,10 +209,14 @@ impl Store {
             let (from, to) = (self.dir.join(&key).join(OVERLAY), layers.join(&key).join(OVERLAY));
             paths::private_dir(&layers.join(&key))?;
             match fs::hard_link(&from, &to) {
-                Err(source) if source.kind() != io::ErrorKind::AlreadyExists => {
-                    return Err(failed("link", &to)(source));
+                Err(source) if source.kind() == io::ErrorKind::AlreadyExists => {
+                    let inode =
+                        |path: &Path| fs::metadata(path).map(|file| file.ino()).map_err(failed("read", path));
+                    if inode(&from)? != inode(&to)? {
+                        return Err(Error::Another(key));
+                    }
                 }
-                _ => {}
+                other => other.map_err(failed("link", &to))?,
             }
             next = layer.parent;
         }
@@ -295,8 +322,9 @@ mod tests {
         let make = |index: usize, size| {
             let disk = home.path().join("disk");
             fs::write(&disk, [index as u8; 5000]).unwrap();
-            let parent = index.checked_sub(1).map(|below| keys[below].clone());
-            store.add(&keys[index], &Layer::new("s/step", "tiny-1", parent, size), &disk).unwrap();
+            let parent = index.checked_sub(1).map(|below| (keys[below].clone(), 1));
+            let layer = Layer { created_s: 1, ..Layer::new("s/step", "tiny-1", parent, size) };
+            store.add(&keys[index], &layer, &disk).unwrap();
             assert!(!disk.exists());
         };
         assert_eq!(store.present(&keys, 100).unwrap(), 0);
@@ -333,6 +361,31 @@ mod tests {
         assert_eq!(store.remove_with_upper(&keys[0]).unwrap(), keys);
         assert!(store.list().unwrap().is_empty() && layers.join(&keys[0]).join(OVERLAY).exists());
         assert!(matches!(store.link(&keys[0], &layers), Err(Error::NotThere(_))));
+    }
+
+    #[test]
+    fn a_layer_stands_on_the_one_it_was_made_on() {
+        let home = tempfile::tempdir().unwrap();
+        let store = Store::new(home.path());
+        let keys = steps(&["one", "two"]);
+        let add = |index: usize, parent, created_s| {
+            let disk = home.path().join("disk");
+            fs::write(&disk, "disk").unwrap();
+            let layer = Layer { created_s, ..Layer::new("s/step", "tiny-1", parent, 10) };
+            store.add(&keys[index], &layer, &disk).unwrap();
+        };
+        add(0, None, 5);
+        add(1, Some((keys[0].clone(), 5)), 6);
+        assert_eq!(store.present(&keys, 10).unwrap(), 2);
+        let layers = home.path().join("lab/layers");
+        store.link(&keys[1], &layers).unwrap();
+        // The lower one is made again: the upper one is of another disk.
+        add(0, None, 7);
+        assert_eq!(store.present(&keys, 10).unwrap(), 1);
+        add(1, Some((keys[0].clone(), 7)), 8);
+        assert_eq!(store.present(&keys, 10).unwrap(), 2);
+        assert!(matches!(store.link(&keys[1], &layers), Err(Error::Another(key)) if key == keys[1]));
+        store.link(&keys[1], &home.path().join("other/layers")).unwrap();
     }
 
     #[test]

@@ -93,6 +93,11 @@ impl Paths {
         [self.bundles.clone(), vec![own], below].concat()
     }
 
+    /// Where the files of bundles are that came with the offline bundle of lab `name`.
+    pub fn offline_bundle(&self, name: &str) -> PathBuf {
+        self.home.join("bundles").join(format!("offline-{name}"))
+    }
+
     /// The folder of all labs.
     pub fn labs(&self) -> PathBuf {
         self.home.join("labs")

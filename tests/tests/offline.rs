@@ -89,7 +89,23 @@ fn a_lab_from_a_bundle() {
     assert_eq!(ask(&lab, "/root/app/bin/tool; cat /root/note"), "from the tool\na note\n");
     lab.run(&["destroy", "--yes", "--forget"]);
 
-    // What the bundle has not is named, and not made.
+    // A layer of the same key that was made elsewhere is another disk: what stands on the bundle's needs the bundle's.
+    let layers: Vec<_> =
+        std::fs::read_dir(home.path().join("layers")).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let layer = layers.iter().map(|path| path.join("layer.json")).find(|path| path.exists()).unwrap();
+    let read = || serde_json::from_slice::<serde_json::Value>(&std::fs::read(&layer).unwrap()).unwrap();
+    let theirs = read();
+    let mut ours = theirs.clone();
+    ours["created_s"] = 1.into();
+    std::fs::write(&layer, ours.to_string()).unwrap();
+    lab.run(&["up", "--offline", &file]);
+    assert_eq!(read(), theirs);
+    lab.run(&["destroy", "--yes", "--forget"]);
+
+    // What the bundle has not is named, and not made: neither an image nor a layer.
+    lab.rewrite(&labfile("one").replace("\"tiny\"", "\"debian-13\""));
+    let said = lab.fails(1, &["up", "--offline", &file]);
+    assert!(said.contains("the image debian-13 is not in the bundle"), "{said}");
     lab.rewrite(&labfile("two"));
     let said = lab.fails(1, &["up", "--offline", &file]);
     assert!(said.contains("layer step/baked") && said.contains("lab bundle build"), "{said}");

@@ -1,6 +1,8 @@
 //! A layer: a baked step, run once in a node of its own, for all nodes that have the same image and the same baked steps
 //! before it.
 
+use lab_images::manifest::Manifest;
+
 use super::{Action, Boot, Disk, Error, Image, Network, Ready, Script, disk_file, image, steps};
 use crate::{
     files, lab,
@@ -25,11 +27,7 @@ pub struct Layer {
 }
 
 /// Keys of the layers that these steps make of the store's present image of this name, and its manifest.
-pub fn keys(
-    lab: &Lab,
-    name: &str,
-    steps: &[Script],
-) -> Result<(lab_images::manifest::Manifest, Vec<String>), Error> {
+pub fn keys(lab: &Lab, name: &str, steps: &[Script]) -> Result<(Manifest, Vec<String>), Error> {
     let manifest = lab.store.get(name)?.manifest;
     let keys = layer::keys(&manifest.digest(), steps.iter().map(Script::digest));
     Ok((manifest, keys))
@@ -96,6 +94,15 @@ impl Layer {
         }
         task.detail("power off");
         machine::power_off(&build, NODE, false, task)?;
+        let parent = match parent {
+            Some(key) => {
+                // Still the one that the build stands on.
+                store.link(&key, &build.dirs.dir.join("layers"))?;
+                let below = store.get(&key)?.ok_or_else(|| layer::Error::NotThere(key.clone()))?;
+                Some((key, below.created_s))
+            }
+            None => None,
+        };
         let layer = layer::Layer::new(&last.name, image, parent, node.disk_bytes);
         store.add(key, &layer, &build.dirs.node(NODE).join(disk_file(0)))?;
         clear(&build, task)
@@ -108,10 +115,10 @@ impl Action for Layer {
     }
 
     fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
-        let Some(size) = self.users(lab)?.iter().map(|node| node.disk_bytes).min() else { return Ok(true) };
-        let Some(node) = self.nodes.first() else { return Ok(true) };
-        let Ok((_, keys)) = keys(lab, &node.image, &self.steps) else { return Ok(false) };
-        Ok(Store::new(lab.paths.home()).present(&keys, size)? == keys.len())
+        let users = self.users(lab)?;
+        let Some(node) = users.first() else { return Ok(true) };
+        let Ok((manifest, keys)) = keys(lab, &node.image, &self.steps) else { return Ok(false) };
+        Ok(Store::new(lab.paths.home()).present(&keys, smallest(&users, &manifest))? == keys.len())
     }
 
     fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
@@ -144,13 +151,18 @@ impl Action for Layer {
             cpus: users.iter().map(|node| node.cpus).max().unwrap_or(1),
             memory_mib: most(|node| node.memory_mib),
             // All of them can stand on it.
-            disk_bytes: users.iter().map(|node| node.disk_bytes).min().unwrap_or(0).max(manifest.root_bytes),
+            disk_bytes: smallest(&users, &manifest),
             extra_disks_bytes: Vec::new(),
             forwards: Vec::new(),
             ..(*first).clone()
         };
         self.make(lab, &node, &keys, &image::folder(&manifest), task)
     }
+}
+
+/// Size in bytes of the smallest disk that one of these nodes has: as large as what the image has in it, at least.
+fn smallest(users: &[&Node], manifest: &Manifest) -> u64 {
+    users.iter().map(|node| node.disk_bytes).min().unwrap_or(0).max(manifest.root_bytes)
 }
 
 /// The lab that a layer is made in: its processes end with this command, whatever ends that.

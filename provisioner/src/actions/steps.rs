@@ -149,7 +149,11 @@ fn bundle_of(lab: &Lab, used: &Stack, step: &StepDef) -> Result<Vec<BundleFile>,
         return Ok(Vec::new());
     }
     let wanted = used.options.get(VERSION_OPTION).map(String::as_str).unwrap_or_default();
-    let folders = lab.paths.bundles();
+    let mut folders = lab.paths.bundles();
+    if lab.offline {
+        // What the lab's layers were made of, whatever else there is.
+        folders.insert(0, lab.paths.offline_bundle(&lab.topology.name));
+    }
     let user = format!("{}/{}", used.name, step.name);
     let find = |pattern: &String| Ok(bundle::find(&folders, pattern, wanted, &user)?);
     step.bundle.iter().map(find).collect()
@@ -308,6 +312,43 @@ mod tests {
         let refused = super::super::plan(&wanting).map(drop).unwrap_err().to_string();
         assert!(refused.contains("kubernetes/packages") && refused.contains("1.21.0"), "{refused}");
         assert_eq!(bundle_files(&wanting, &wanting.topology.stacks[0]).unwrap_err().to_string(), refused);
+    }
+
+    #[test]
+    fn what_a_step_takes_is_part_of_its_record() {
+        let dir = tempfile::tempdir().unwrap();
+        let lab = lab(dir.path(), LABFILE, "i");
+        lab.dirs.create().unwrap();
+        let stacks = stacks(&lab).unwrap();
+        let of = |name: &str, node: usize| {
+            let (used, _, step) =
+                steps_of(&stacks, Kind::Run).find(|(_, _, step)| step.name == name).unwrap();
+            of_stack(&lab, used, step, &lab.topology.nodes[node]).unwrap()
+        };
+        let (init, join) = (of("init", 0), of("join", 1));
+        let digest = join.digest();
+        let records = |text: &str| {
+            crate::json_file::write_bytes(&hand_over::kept(&lab, "kubernetes", "join"), text.as_bytes())
+                .unwrap();
+            (init.record(&lab), join.record(&lab))
+        };
+        let (one, other) = (records("one cluster"), records("another"));
+        assert!(one.0 == other.0 && one.1 != other.1 && one == records("one cluster"));
+        assert_eq!(join.digest(), digest, "the snapshot of the first up has what was given with it");
+    }
+
+    #[test]
+    fn a_variable_that_a_file_names_is_part_of_its_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = |file: &str, text: &str| {
+            let labfile = "name = \"demo\"\n[node.a]\n[node.b]\n[[step]]\nname = \"s\"\nfiles = [\"f\"]\nrun = \"true\"\n";
+            fs::write(dir.path().join("f"), file).unwrap();
+            let lab = lab(dir.path(), &labfile.replace("[node.b]", text), "i");
+            let step = of_user(&lab, &lab.topology.steps[0], &lab.topology.nodes[0]).unwrap();
+            step.digest()
+        };
+        assert_eq!(digest("plain", "[node.b]"), digest("plain", "[node.c]"));
+        assert_ne!(digest("$LAB_NODES", "[node.b]"), digest("$LAB_NODES", "[node.c]"));
     }
 
     #[test]

@@ -91,13 +91,14 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         }
     } else if wants.start {
         // What can be found wrong here is told here, and images are built where building is quick.
-        let lab = context.wanted()?;
+        let mut lab = context.wanted()?;
         if let Some(reason) = reason {
             context
                 .progress
                 .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
         }
         if let Command::Up { offline: Some(bundle), .. } = &cli.command {
+            lab.offline = true;
             up::take_in(&lab, bundle)?;
         }
         if !matches!(cli.command, Command::Bundle { .. }) {
@@ -156,7 +157,7 @@ fn restored(command: &Command) -> Option<&str> {
     }
 }
 
-/// Has the images of a lab's nodes that don't exist yet.
+/// Has the images of a lab's nodes that don't exist yet, unless nothing is to be built.
 fn prepare_images(context: &Context, lab: &crate::lab::Lab) -> Result<(), Error> {
     let mut names: Vec<&str> = Vec::new();
     for node in &lab.topology.nodes {
@@ -166,6 +167,9 @@ fn prepare_images(context: &Context, lab: &crate::lab::Lab) -> Result<(), Error>
     }
     for name in names {
         if lab.store.get(name).is_err() {
+            if lab.offline {
+                return Err(actions::Error::Offline(format!("the image {name}")).into());
+            }
             let task = context.progress.begin(&lab.topology.name, &format!("build image {name}"));
             lab.store.ensure(name, &mut |step| task.detail(step))?;
             task.done();

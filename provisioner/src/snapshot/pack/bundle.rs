@@ -44,10 +44,14 @@ pub fn build(lab: &Lab, name: &str, file: &Path, task: &Task) -> Result<(), Erro
             let file = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
             add(format!("images/{folder}/{file}"), source);
         }
-        for (key, step) in actions::layer_keys(lab, node).map_err(action)? {
-            if Layers::new(lab.paths.home()).get(&key)?.is_none() {
-                return Err(Error::NoLayer(step));
-            }
+        let (keys, steps): (Vec<_>, Vec<_>) =
+            actions::layer_keys(lab, node).map_err(action)?.into_iter().unzip();
+        let size = node.disk_bytes.max(image.manifest.root_bytes);
+        let there = Layers::new(lab.paths.home()).present(&keys, size)?;
+        if let Some(step) = steps.into_iter().nth(there) {
+            return Err(Error::NoLayer(step));
+        }
+        for key in keys {
             for file in ["layer.json", OVERLAY] {
                 add(format!("layers/{key}/{file}"), layers.join(&key).join(file));
             }
@@ -88,7 +92,7 @@ pub fn take_in(paths: &Paths, file: &Path, task: &Task) -> Result<(), Error> {
     if table.snapshot.is_some() {
         return Err(Error::IsSnapshot(file.into()));
     }
-    let home = Home { paths, bundles: paths.home().join("bundles").join(format!("offline-{}", table.lab)) };
+    let home = Home { paths, bundles: paths.offline_bundle(&table.lab) };
     if home.has_all(&table)? {
         return Ok(());
     }
@@ -161,17 +165,19 @@ impl Home<'_> {
                 return Ok(false);
             }
         }
-        for key in folders(table, "layers") {
-            if self.layers().get(key)?.is_none() {
-                return Ok(false);
-            }
-        }
-        let sums = table.files.iter().find(|file| file.path == format!("{BUNDLES}/{SUMS}"));
-        Ok(match sums {
+        let same = |path: &str, file: &Path| match table.files.iter().find(|entry| entry.path == path) {
             None => true,
-            Some(entry) => fs::read(self.bundles.join(SUMS))
-                .is_ok_and(|text| entry.sha256.as_ref() == Some(&hex(&Sha256::digest(text)))),
-        })
+            Some(entry) => {
+                fs::read(file).is_ok_and(|text| entry.sha256.as_ref() == Some(&hex(&Sha256::digest(text))))
+            }
+        };
+        // Layers of the same keys that were made elsewhere are other disks, and those above need the very ones below.
+        let layers = folders(table, "layers");
+        let is_there = |key: &&str| {
+            let path = format!("layers/{key}/layer.json");
+            same(&path, &self.paths.home().join(&path))
+        };
+        Ok(layers.iter().all(is_there) && same(&format!("{BUNDLES}/{SUMS}"), &self.bundles.join(SUMS)))
     }
 
     /// Gives what was unpacked its places.
@@ -181,8 +187,8 @@ impl Home<'_> {
         }
         for key in folders(table, "layers") {
             let folder = root.join("layers").join(key);
-            if self.layers().get(key)?.is_none()
-                && let Some(layer) = json_file::read::<Layer>(&folder.join("layer.json"))?
+            if let Some(layer) = json_file::read::<Layer>(&folder.join("layer.json"))?
+                && self.layers().get(key)?.as_ref() != Some(&layer)
             {
                 self.layers().add(key, &layer, &folder.join(OVERLAY))?;
             }
