@@ -148,6 +148,13 @@ fn a_destroyed_lab_is_up_again_at_once() {
     lab.rewrite(&(text("; true") + "[[check]]\nname = \"c\"\nrun = \"true\"\n"));
     assert_eq!(up(&["up"]).0, changed);
     assert!(lab.run(&["check"]).contains("c"));
+    // What is in the way and no fault of the snapshot's: it is there the next time.
+    lab.run(&["destroy", "--yes"]);
+    let log = folder("kept").join("net/net.log");
+    std::fs::create_dir_all(&log).unwrap();
+    assert!(lab.fails(1, &["up"]).contains("net.log"));
+    std::fs::remove_dir(&log).unwrap();
+    assert_eq!(up(&["up"]).0, changed);
     // A damaged one: all is done again.
     lab.run(&["destroy", "--yes"]);
     let state = lab_tests::home().join("kept/kept/snapshots/first-up/a/state");

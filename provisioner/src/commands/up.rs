@@ -12,7 +12,7 @@ use crate::{
     lab::Lab,
     lockfile, plan,
     snapshot::{
-        FIRST_UP,
+        Error as SnapshotError, FIRST_UP,
         kept::{self, Found},
         pack,
     },
@@ -44,8 +44,13 @@ pub fn run(context: &Context, fresh: bool, locked: bool, offline: Option<&Path>)
     if !fresh {
         start_from_kept(&mut lab)?;
     }
-    bring_up(&mut lab)?;
-    keep(&mut lab)?;
+    let up = bring_up(&mut lab).and_then(|()| keep(&mut lab));
+    // What a step gave is there, whatever became of those after it.
+    let new: Vec<Secret> = secrets(&lab)?.into_iter().filter(|secret| !known.contains(secret)).collect();
+    if up.is_err() && !context.json {
+        new.iter().for_each(|secret| context.progress.say(&secret.tell()));
+    }
+    up?;
     if !locked
         && lab.fork.is_none()
         && let Err(error) = lockfile::write(&lab)
@@ -57,9 +62,7 @@ pub fn run(context: &Context, fresh: bool, locked: bool, offline: Option<&Path>)
     }
     status::print(context, &lab)?;
     if !context.json {
-        for secret in secrets(&lab)?.into_iter().filter(|secret| !known.contains(secret)) {
-            context.progress.say(&secret.tell());
-        }
+        new.iter().for_each(|secret| context.progress.say(&secret.tell()));
         context.progress.say(&next_steps(&lab));
     }
     Ok(ExitCode::SUCCESS)
@@ -123,6 +126,8 @@ fn start_from_kept(lab: &mut Lab) -> Result<(), Error> {
     if lab.dirs.state().exists() {
         return Ok(());
     }
+    // What does not fit is no fault of the snapshot's.
+    capacity::check(lab)?;
     match kept::bring_back(lab)? {
         Found::Nothing => return Ok(()),
         Found::Differs(what) => {
@@ -133,15 +138,21 @@ fn start_from_kept(lab: &mut Lab) -> Result<(), Error> {
         Found::There => {}
     }
     let wanted = lab.topology.clone();
+    // Also for who goes on with a restoring that was cut off: there is nothing to be kept again.
+    lab.came_up = true;
     let restored = super::snapshot::restore(lab, FIRST_UP);
     lab.topology = wanted;
-    if let Err(error) = restored {
-        lab.progress.warn(&format!("the snapshot of its first up is of no use: {error}"));
-        return Ok(kept::give_up(lab)?);
+    let Err(error) = restored else { return Ok(lab.record()?) };
+    lab.came_up = false;
+    kept::take_back(lab)?;
+    match error {
+        Error::Snapshot(SnapshotError::NotRestored { source, .. }) => {
+            lab.progress.warn(&format!("the snapshot of its first up is of no use: {source}"));
+            Ok(kept::forget(lab)?)
+        }
+        // A port that somebody else has, a full disk: it is there for the next time.
+        other => Err(other),
     }
-    lab.came_up = true;
-    lab.record()?;
-    Ok(())
 }
 
 /// Keeps what the first `up` came to. That it can't is no failure of the lab.

@@ -8,7 +8,7 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use super::{Error, FIRST_UP, clear, io, link, link_whole, save};
+use super::{Error, FIRST_UP, clear, folder, io, link, link_whole, restore::under_way, save};
 use crate::{actions, files::hex, json_file, lab::Lab, paths::SECRETS, progress::Task};
 
 /// Room on the disk that must be left when the memory of all nodes has been written, in bytes.
@@ -46,12 +46,12 @@ pub fn bring_back(lab: &Lab) -> Result<Found, Error> {
     Ok(Found::There)
 }
 
-/// What was brought back is of no use: the lab has nothing again, and nothing is kept of it.
-pub fn give_up(lab: &Lab) -> Result<(), Error> {
-    forget(lab)?;
+/// What was brought back did not come to run: the lab has nothing again.
+pub fn take_back(lab: &Lab) -> Result<(), Error> {
     for part in ["lab.json", "nodes", "snapshots", "layers", "images"] {
         clear(&lab.dirs.dir.join(part))?;
     }
+    clear(&under_way(&lab.dirs))?;
     Ok(lab.dirs.create()?)
 }
 
@@ -61,6 +61,10 @@ pub fn keep(lab: &Lab, task: &Task) -> Result<bool, Error> {
     let room = rustix::fs::statvfs(&lab.dirs.dir).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize));
     if room.is_ok_and(|room| room < memory.saturating_add(SPARE)) {
         return Ok(false);
+    }
+    // Of an `up` that was cut off before this one was kept.
+    if folder(&lab.dirs, FIRST_UP).join("snapshot.json").exists() {
+        super::forget(lab, FIRST_UP)?;
     }
     save::take(lab, FIRST_UP, true, task)?;
     let target = kept(lab);

@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The file that names the snapshot that is being restored.
-fn under_way(dirs: &LabPaths) -> PathBuf {
+pub(super) fn under_way(dirs: &LabPaths) -> PathBuf {
     dirs.dir.join("restoring.json")
 }
 
@@ -33,7 +33,8 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
     let record = read(lab, name)?;
     json_file::write(&under_way(&lab.dirs), &name)?;
     let loaded = load(lab, name, &record, task);
-    if let Err(error @ (Error::Node { .. } | Error::Action(_))) = loaded {
+    // Of the network that is not so: a port of this machine may be free the next time.
+    if let Err(error @ Error::Node { .. }) = loaded {
         // It won't do better the next time: `up` boots the nodes from their disks, which are those of the snapshot.
         for node in record.nodes.keys() {
             drop(machine::power_off(lab, node, true, task));
