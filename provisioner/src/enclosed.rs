@@ -54,6 +54,11 @@ impl Enclosed {
     pub fn text(path: &str, text: &str) -> Self {
         Self { path: path.into(), executable: false, bytes: text.into() }
     }
+
+    /// Whether it is a text that has this word in it.
+    pub fn names(&self, word: &str) -> bool {
+        std::str::from_utf8(&self.bytes).is_ok_and(|text| text.contains(word))
+    }
 }
 
 /// The files of these names in a folder, with all that is in those that are folders; links are followed. In the order of

@@ -12,6 +12,10 @@ image = "tiny"
 [node.master]
 memory = "128MiB"
 [stack.service]
+[[step]]
+name = "after it"
+on = "master"
+run = "test -e /root/allowed"
 "#;
 
 const WORKER: &str = "[node.worker1]\nmemory = \"128MiB\"\n";
@@ -29,8 +33,15 @@ script = "start.sh"
 files = ["service.conf"]
 gives = ["admin-password"]
 [[step]]
+name = "know"
+on = "worker"
+kind = "run"
+script = "know.sh"
+after = ["start"]
+takes = ["admin-password"]
+[[step]]
 name = "leave"
-on = "master"
+on = "all"
 kind = "leave"
 script = "leave.sh"
 [[secret]]
@@ -46,6 +57,10 @@ try() {
 again 5 try
 cp "$LAB_STEP/service.conf" /etc/service.conf
 password /root/admin-password root
+"#;
+
+const KNOW: &str = r#"
+cp "$LAB_STEP/admin-password" /root/known
 "#;
 
 const LEAVE: &str = r#"
@@ -68,13 +83,16 @@ fn a_password_is_told_once_and_a_worker_goes() {
     let files = [
         ("stack.toml", STACK),
         ("start.sh", START),
+        ("know.sh", KNOW),
         ("leave.sh", LEAVE),
         ("service.conf", "colour = blue\n"),
     ];
     for (name, text) in files {
         std::fs::write(folder.join(name), text).unwrap();
     }
-    let said = up(&lab);
+    // Told although something failed after it.
+    let said = lab.fails(1, &["up"]);
+    assert!(said.contains("after it"), "{said}");
     let kept = lab_tests::home().join("labs/own-stack/secrets/service.admin-password");
     let password = std::fs::read_to_string(&kept).unwrap();
     let password = password.trim();
@@ -91,6 +109,8 @@ fn a_password_is_told_once_and_a_worker_goes() {
     assert!(!std::fs::read_to_string(log).unwrap().contains(password));
     assert!(!lab.run(&["plan"]).contains(password));
 
+    assert_eq!(lab.shell("master", "touch /root/allowed", b"").0, Some(0));
+    assert!(!up(&lab).contains("user admin"));
     let said = up(&lab);
     assert!(said.contains("everything is up already") && !said.contains("user admin"), "{said}");
     // A file of the stack that has changed is a step that has changed.
@@ -113,4 +133,16 @@ fn a_password_is_told_once_and_a_worker_goes() {
     lab.rewrite(&labfile);
     up(&lab);
     assert_eq!(lab.shell("worker1", "cat /root/kept", b"").1, "kept\n");
+
+    // Nobody takes leave of anybody where one of the names is wrong.
+    assert!(lab.fails(1, &["destroy", "--yes", "worker1", "wroker1"]).contains("wroker1"));
+    assert_eq!(lab.shell("master", "cat /root/left", b"").1, "worker1 was there\n");
+    // A master that is made anew has another password, which the worker learns.
+    let known = || lab.shell("worker1", "cat /root/known", b"").1;
+    assert_eq!(known().trim(), password);
+    lab.run(&["destroy", "--yes", "master"]);
+    assert_eq!(lab.shell("worker1", "cat /root/left", b"").1, "master was there\n");
+    assert!(lab.fails(1, &["up"]).contains("after it"));
+    let new = std::fs::read_to_string(&kept).unwrap();
+    assert!(new.trim() != password && known() == new);
 }

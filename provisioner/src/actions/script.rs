@@ -41,20 +41,40 @@ pub struct Script {
 }
 
 impl Script {
-    /// What it is recorded by: everything that its result depends on. A variable that its text does not name is no part
-    /// of that: a node more in the lab is no reason to install everything again on all others.
+    /// A digest of everything that its result depends on. A variable that neither its texts nor its files name is no part of
+    /// that: a node more in the lab is no reason to install everything again on all others.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for (key, value) in self.environment.iter().filter(|(key, _)| self.text.contains(key)) {
+        let ready = self.ready.as_ref().map(|(condition, _)| condition.as_str()).unwrap_or_default();
+        let named = |key: &str| {
+            self.text.contains(key)
+                || ready.contains(key)
+                || self.hands.files.iter().any(|file| file.names(key))
+        };
+        for (key, value) in self.environment.iter().filter(|(key, _)| named(key)) {
             hash.update(format!("{key}={value}\0"));
         }
         hash.update(&self.text);
-        hash.update(self.ready.as_ref().map(|(condition, _)| condition.as_str()).unwrap_or_default());
+        hash.update(ready);
         if !self.hands.files.is_empty() {
             hash.update(enclosed::digest(&self.hands.files));
         }
         for file in &self.hands.bundle {
             hash.update(format!("\0{}={}", file.name, file.sha256));
+        }
+        hex(&hash.finalize())
+    }
+
+    /// What it is recorded by: its digest, and what it takes of what other steps gave. A cluster or a certificate that was
+    /// made anew has to be joined or trusted again.
+    pub(super) fn record(&self, lab: &Lab) -> String {
+        if self.hands.takes.is_empty() {
+            return self.digest();
+        }
+        let mut hash = Sha256::new();
+        hash.update(self.digest());
+        for name in &self.hands.takes {
+            hash.update(fs::read(hand_over::kept(lab, &self.hands.stack, name)).unwrap_or_default());
         }
         hex(&hash.finalize())
     }
@@ -123,7 +143,7 @@ impl Action for Script {
 
     fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
         let records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
-        Ok(records.get(&self.name) == Some(&self.digest()))
+        Ok(records.get(&self.name) == Some(&self.record(lab)))
     }
 
     fn state(&self, lab: &Lab) -> Result<&'static str, Error> {
@@ -154,7 +174,7 @@ impl Action for Script {
         }
         // Nodes run in parallel, but the steps of one node one after the other: nobody else writes its records.
         let mut records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
-        records.insert(self.name.clone(), self.digest());
+        records.insert(self.name.clone(), self.record(lab));
         Ok(json_file::write(&self.records(lab), &records)?)
     }
 }

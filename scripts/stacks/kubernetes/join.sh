@@ -1,18 +1,23 @@
 # A worker joins the master's cluster.
 set -eu
-if [ -e /etc/kubernetes/kubelet.conf ]; then
-    systemctl start kubelet.service
-    exit
-fi
-# What an earlier try left; the kubelet that it started is in the way.
-systemctl stop kubelet.service
-rm -rf /etc/kubernetes/bootstrap-kubelet.conf /etc/kubernetes/pki /var/lib/kubelet/config.yaml
-
 # token, authority, api
 # shellcheck source=/dev/null
 . "$LAB_STEP/join"
 socket=unix:///run/containerd/containerd.sock
 [ "$api" != v1beta2 ] || socket=${socket#unix://}
+if [ -e /etc/kubernetes/kubelet.conf ]; then
+    key=$(openssl x509 -pubkey -noout -in /etc/kubernetes/pki/ca.crt | openssl pkey -pubin -outform der | sha256sum)
+    if [ "sha256:${key%% *}" = "$authority" ]; then
+        systemctl start kubelet.service
+        exit
+    fi
+    # Of a cluster whose master was made anew.
+    kubeadm reset --force --cri-socket "$socket"
+fi
+# What an earlier try left; the kubelet that it started is in the way.
+systemctl stop kubelet.service
+rm -rf /etc/kubernetes/bootstrap-kubelet.conf /etc/kubernetes/pki /var/lib/kubelet/config.yaml
+
 config=$(mktemp)
 trap 'rm -f "$config"' EXIT
 cat > "$config" << END
