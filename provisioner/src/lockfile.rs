@@ -237,7 +237,9 @@ fn differences(then: &Inputs, now: &Inputs, to_build: &[String]) -> Vec<String> 
     for name in both(&then.stack, &now.stack) {
         let tell = |stack: &Stack| {
             let options = stack.options.iter().map(|(key, value)| format!(", {key} {value}"));
-            format!("{} from {}{}", short(&stack.digest), stack.source, options.collect::<String>())
+            let bundle = stack.bundle.iter().map(|(file, sha256)| format!(", {file} {}", short(sha256)));
+            let (options, bundle) = (options.collect::<String>(), bundle.collect::<String>());
+            format!("{} from {}{options}{bundle}", short(&stack.digest), stack.source)
         };
         compare(&format!("stack {name}"), then.stack.get(name).map(tell), now.stack.get(name).map(tell));
     }
@@ -333,6 +335,28 @@ mod tests {
         );
         let other = differences(&then, &with(&[("tiny", "aa")]), &["other".into()]);
         assert_eq!(other, ["image other: was nothing, is still to be built"]);
+    }
+
+    #[test]
+    fn another_bundle_is_told() {
+        let with = |sha256: &str| Inputs {
+            lab: "1".into(),
+            image: BTreeMap::new(),
+            stack: BTreeMap::from([(
+                "k".into(),
+                Stack {
+                    digest: "aa".into(),
+                    source: "bundle".into(),
+                    options: BTreeMap::new(),
+                    bundle: BTreeMap::from([("images.tar".into(), sha256.into())]),
+                },
+            )]),
+            step: BTreeMap::new(),
+        };
+        assert_eq!(
+            differences(&with("11"), &with("22"), &[]),
+            ["stack k: was aa from bundle, images.tar 11, is aa from bundle, images.tar 22"]
+        );
     }
 
     #[test]
