@@ -1,9 +1,11 @@
 //! The DHCP server (RFC 2131): a node gets the address that the lab's file gives it, any other card one that is
-//! free. Leases are long, and kept only here: an address belongs to a MAC address for as long as the network lives.
+//! free. Leases are long, and kept only here: an address belongs to a MAC address for as long as the network lives, or
+//! until the card has given it back and another has need of it.
 
 use std::{
     collections::{HashMap, HashSet},
     net::{Ipv4Addr, SocketAddrV4},
+    time::{Duration, Instant},
 };
 
 use smoltcp::wire::{
@@ -31,7 +33,15 @@ const BROADCAST: u8 = 0x80;
 #[derive(Debug)]
 pub struct Dhcp {
     domain: String,
-    guests: HashMap<EthernetAddress, Ipv4Addr>,
+    guests: HashMap<EthernetAddress, Lease>,
+}
+
+/// The address of a card that the lab's file does not know.
+#[derive(Debug)]
+struct Lease {
+    ip: Ipv4Addr,
+    /// From then on, another card gets the address if no other is left. What is only offered ends at once.
+    end: Instant,
 }
 
 /// What was answered.
@@ -83,10 +93,17 @@ impl Dhcp {
                 None => return Answer::None,
             },
             DhcpMessageType::Request => match self.address_of(client, asked, hosts, lan) {
-                Some(ip) if ip == asked => (DhcpMessageType::Ack, ip),
+                Some(ip) if ip == asked => {
+                    self.end_at(client, ip, lan.now + Duration::from_secs(LEASE_SECONDS.into()));
+                    (DhcpMessageType::Ack, ip)
+                }
                 _ => (DhcpMessageType::Nak, Ipv4Addr::UNSPECIFIED),
             },
             DhcpMessageType::Inform => (DhcpMessageType::Ack, Ipv4Addr::UNSPECIFIED),
+            DhcpMessageType::Release => {
+                self.end_at(client, request.client_ip(), lan.now);
+                return Answer::None;
+            }
             _ => return Answer::None,
         };
         let refused = message_type == DhcpMessageType::Nak;
@@ -151,6 +168,13 @@ impl Dhcp {
         }
     }
 
+    /// A card that has that address keeps it up to then.
+    fn end_at(&mut self, client: EthernetAddress, ip: Ipv4Addr, end: Instant) {
+        if let Some(lease) = self.guests.get_mut(&client).filter(|lease| lease.ip == ip) {
+            lease.end = end;
+        }
+    }
+
     /// The address that belongs to a card, found now if it has none yet: the one that it asks for if that is free.
     fn address_of(
         &mut self,
@@ -163,29 +187,42 @@ impl Dhcp {
             self.guests.remove(&client);
             return Some(host.ip);
         }
-        if let Some(ip) = self.guests.get(&client)
-            && hosts.by_ip(*ip).is_none()
+        if let Some(lease) = self.guests.get(&client)
+            && hosts.by_ip(lease.ip).is_none()
         {
-            return Some(*ip);
+            return Some(lease.ip);
         }
         self.guests.remove(&client);
-        if self.guests.len() >= MAX_GUESTS {
-            return None;
-        }
-        let taken: HashSet<Ipv4Addr> = self.guests.values().copied().collect();
-        let free = |ip: &Ipv4Addr| {
+        let usable = |ip: &Ipv4Addr| {
             let heard = lan.neighbors.lookup(*ip, lan.now);
-            lan.is_node(*ip)
-                && hosts.by_ip(*ip).is_none()
-                && !taken.contains(ip)
-                && heard.is_none_or(|station| station == client)
+            lan.is_node(*ip) && hosts.by_ip(*ip).is_none() && heard.is_none_or(|station| station == client)
         };
+        let taken: HashSet<Ipv4Addr> = self.guests.values().map(|lease| lease.ip).collect();
         // Otherwise from the end of the subnet, far from where people number their nodes.
         let last = u32::from(lan.cidr.broadcast()?).checked_sub(1)?;
         let first = u32::from(lan.cidr.network().address()).checked_add(1)?;
-        let found = std::iter::once(asked).chain((first..=last).rev().map(Ipv4Addr::from)).find(free)?;
-        self.guests.insert(client, found);
-        Some(found)
+        let mut all = std::iter::once(asked).chain((first..=last).rev().map(Ipv4Addr::from));
+        let free = if self.guests.len() < MAX_GUESTS {
+            all.find(|ip| usable(ip) && !taken.contains(ip))
+        } else {
+            None
+        };
+        let ip = match free {
+            Some(ip) => ip,
+            // Cards that come for a short time often go without a word.
+            None => {
+                let mut ended: Vec<_> = self
+                    .guests
+                    .iter()
+                    .filter(|(_, lease)| lease.end <= lan.now && usable(&lease.ip))
+                    .collect();
+                ended.sort_by_key(|(_, lease)| lease.end);
+                let oldest = *ended.first()?.0;
+                self.guests.remove(&oldest)?.ip
+            }
+        };
+        self.guests.insert(client, Lease { ip, end: lan.now });
+        Some(ip)
     }
 }
 
@@ -217,8 +254,66 @@ mod tests {
         assert_eq!(address(3, [10, 0, 0, 2]), Some([10, 0, 0, 2].into()), "asked for, and free");
         assert_eq!(address(4, [10, 0, 0, 2]), Some([10, 0, 0, 4].into()), "asked for, but taken");
         assert_eq!(address(5, [10, 0, 0, 1]), Some([10, 0, 0, 3].into()), "the gateway's is never free");
-        assert_eq!(address(6, [0; 4]), None, "the subnet is full");
         assert_eq!(address(2, [10, 0, 0, 4]), Some([10, 0, 0, 5].into()), "kept");
+    }
+
+    /// What is answered to a card, which wants an address or has it.
+    fn ask(dhcp: &mut Dhcp, lan: &mut Lan, n: u16, message_type: DhcpMessageType, ip: [u8; 4]) -> Answer {
+        let message = DhcpRepr {
+            message_type,
+            transaction_id: 1,
+            secs: 0,
+            client_hardware_address: card(n),
+            client_ip: ip.into(),
+            your_ip: Ipv4Addr::UNSPECIFIED,
+            server_ip: Ipv4Addr::UNSPECIFIED,
+            router: None,
+            subnet_mask: None,
+            relay_agent_ip: Ipv4Addr::UNSPECIFIED,
+            broadcast: false,
+            requested_ip: None,
+            client_identifier: None,
+            server_identifier: None,
+            parameter_request_list: None,
+            dns_servers: None,
+            max_size: None,
+            lease_duration: None,
+            renew_duration: None,
+            rebind_duration: None,
+            additional_options: &[],
+        };
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut DhcpPacket::new_unchecked(bytes.as_mut_slice())).unwrap();
+        lan.now += Duration::from_secs(1);
+        dhcp.handle(&bytes, card(n), &Hosts::default(), lan)
+    }
+
+    #[test]
+    fn what_is_offered_or_given_back_is_given_again() {
+        use DhcpMessageType::{Discover, Release, Request};
+        let mut lan = Lan::new(Ipv4Cidr::new(Ipv4Addr::new(10, 0, 0, 1), 29)).unwrap();
+        let mut dhcp = Dhcp::new("test.lab".into());
+        let lease = |last| Answer::Lease([10, 0, 0, last].into());
+        let mut ask = |n, kind, last| ask(&mut dhcp, &mut lan, n, kind, [10, 0, 0, last]);
+        for n in 2..7 {
+            assert_eq!(ask(n, Discover, 0), Answer::Reply);
+        }
+        // Offered were 6, 5, 4, 3 and 2; the first two are taken.
+        assert_eq!((ask(2, Request, 6), ask(3, Request, 5)), (lease(6), lease(5)));
+        assert_eq!((ask(12, Request, 4), ask(13, Request, 3)), (lease(4), lease(3)));
+        assert_eq!(ask(14, Request, 2), lease(2));
+        assert_eq!(ask(7, Discover, 0), Answer::None, "the subnet is full");
+        assert_eq!(ask(2, Release, 5), Answer::None, "that is another's");
+        assert_eq!(ask(7, Discover, 0), Answer::None);
+        assert_eq!(ask(2, Release, 6), Answer::None);
+        assert_eq!(ask(2, Request, 6), lease(6), "it is still the same card's");
+        assert_eq!((ask(3, Release, 5), ask(7, Request, 5)), (Answer::None, lease(5)));
+        assert_eq!(ask(3, Discover, 0), Answer::None);
+        lan.now += Duration::from_secs(LEASE_SECONDS.into());
+        assert_eq!(
+            dhcp.address_of(card(3), [0; 4].into(), &Hosts::default(), &lan),
+            Some([10, 0, 0, 4].into())
+        );
     }
 
     proptest! {

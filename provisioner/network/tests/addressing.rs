@@ -97,6 +97,19 @@ fn exchange(guest: &mut Guest, query: &[u8]) -> Vec<u8> {
     })
 }
 
+fn exchange_on_stream(guest: &mut Guest, handle: SocketHandle, name: &str) -> Vec<u8> {
+    let query = query(name, A);
+    let mut message = (query.len() as u16).to_be_bytes().to_vec();
+    message.extend(query);
+    guest.tcp(handle).send_slice(&message).unwrap();
+    let mut got: Vec<u8> = Vec::new();
+    guest.until("a response", |guest| {
+        let _ = guest.tcp(handle).recv(|bytes| (bytes.len(), got.extend(&*bytes)));
+        let len = usize::from(u16::from_be_bytes([*got.first()?, *got.get(1)?]));
+        got.get(2..2 + len).map(<[u8]>::to_vec)
+    })
+}
+
 fn resolve(guest: &mut Guest, name: &str, kind: u16) -> Result<Option<Ipv4Addr>, u8> {
     let response = exchange(guest, &query(name, kind));
     parse(&response)
@@ -165,16 +178,7 @@ fn other_names_are_answered_by_the_hosts_resolver() {
     assert!(connected);
     let mut responses = Vec::new();
     for name in ["n12.test.lab", "deb.debian.org"] {
-        let query = query(name, A);
-        let mut message = (query.len() as u16).to_be_bytes().to_vec();
-        message.extend(query);
-        guest.tcp(handle).send_slice(&message).unwrap();
-        let mut got: Vec<u8> = Vec::new();
-        responses.push(guest.until("a response", |guest| {
-            let _ = guest.tcp(handle).recv(|bytes| (bytes.len(), got.extend(&*bytes)));
-            let len = usize::from(u16::from_be_bytes([*got.first()?, *got.get(1)?]));
-            got.get(2..2 + len).map(<[u8]>::to_vec)
-        }));
+        responses.push(exchange_on_stream(&mut guest, handle, name));
     }
     assert_eq!(parse(&responses[0]), Ok(Some(ip(12))));
     assert_eq!(responses[1].len(), 20_000);
@@ -183,6 +187,73 @@ fn other_names_are_answered_by_the_hosts_resolver() {
     guest.until("the end", |guest| (!guest.tcp(handle).is_active()).then_some(()));
     thread.join().unwrap();
     lab.wait_for("the end of the flow", |status| status.flows == 0);
+}
+
+/// A resolver at `ip` that answers two datagrams and two streams: with 192.0.2.7 if it `knows` the name, otherwise with
+/// that error code.
+fn resolver_that_knows(
+    ip: &str,
+    port: u16,
+    knows: &'static str,
+    code: u8,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    let (datagrams, streams) = (UdpSocket::bind((ip, port))?, TcpListener::bind((ip, port))?);
+    let respond = move |question: &[u8]| {
+        let mut response = question.to_vec();
+        response[2] |= 0x80;
+        if question == query(knows, A) {
+            response[7] = 1;
+            response.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 9, 0, 4, 192, 0, 2, 7]);
+        } else {
+            response[3] |= code;
+        }
+        response
+    };
+    Ok(std::thread::spawn(move || {
+        let mut buffer = [0; 2000];
+        for _ in 0..2 {
+            let (len, peer) = datagrams.recv_from(&mut buffer).unwrap();
+            datagrams.send_to(&respond(&buffer[..len]), peer).unwrap();
+        }
+        for _ in 0..2 {
+            let (mut stream, _) = streams.accept().unwrap();
+            stream.read_exact(&mut buffer[..2]).unwrap();
+            let len = usize::from(u16::from_be_bytes([buffer[0], buffer[1]]));
+            stream.read_exact(&mut buffer[..len]).unwrap();
+            let response = respond(&buffer[..len]);
+            stream.write_all(&(response.len() as u16).to_be_bytes()).unwrap();
+            stream.write_all(&response).unwrap();
+        }
+    }))
+}
+
+#[test]
+fn the_next_resolver_is_asked_where_one_fails() {
+    let (port, threads) = loop {
+        let port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        if let (Ok(first), Ok(second)) = (
+            resolver_that_knows("127.0.0.1", port, "none", 5),
+            resolver_that_knows("127.0.0.2", port, "deb.debian.org", 4),
+        ) {
+            break (port, [first, second]);
+        }
+    };
+    let lab = Lab::with(|_, outside| {
+        std::fs::write(&outside.resolv_conf, "nameserver 127.0.0.1\nnameserver 127.0.0.2\n").unwrap();
+        outside.dns_port = port;
+    });
+    let mut guest = lab.guest(10);
+    let outside = Ok(Some(Ipv4Addr::new(192, 0, 2, 7)));
+    assert_eq!(resolve(&mut guest, "deb.debian.org", A), outside);
+    assert_eq!(resolve(&mut guest, "debian.example", A), Err(4), "the last one's");
+    let (handle, connected) = guest.connected(SocketAddrV4::new(GATEWAY, 53));
+    assert!(connected);
+    for (name, answer) in [("deb.debian.org", outside), ("debian.example", Err(4))] {
+        assert_eq!(parse(&exchange_on_stream(&mut guest, handle, name)), answer);
+    }
+    for thread in threads {
+        thread.join().unwrap();
+    }
 }
 
 #[test]

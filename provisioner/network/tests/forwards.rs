@@ -240,6 +240,47 @@ fn a_dial_that_fails_says_why() {
     lab.wait_for("the end of the flows", |status| status.flows == 0);
 }
 
+/// What a client of the host gets that reads only once the node has closed and has its last answer.
+fn reads_late(node_closes_first: bool) {
+    let lab = Lab::start();
+    let mut guest = lab.guest(10);
+    let handle = guest.listen(7);
+    let mut client = lab.client();
+    client.get_mut().write_all(b"{\"v\":1,\"do\":\"dial\",\"ip\":\"10.77.0.10\",\"port\":7}\n").unwrap();
+    guest.until("the connection", |guest| guest.tcp(handle).may_send().then_some(()));
+    assert_eq!(read_reply(&mut client), Reply::Done);
+    // More than there is room for in a socket's buffer, and less than in that and the gateway's.
+    let data = noise(350 << 10, 6);
+    if !node_closes_first {
+        client.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+        guest.until("the client's end", |guest| (!guest.tcp(handle).may_recv()).then_some(()));
+    }
+    assert_eq!(guest.tcp(handle).send_slice(&data), Ok(data.len()));
+    guest.tcp(handle).close();
+    if node_closes_first {
+        guest.until("the answer to the end", |guest| {
+            (guest.tcp(handle).state() == tcp::State::FinWait2).then_some(())
+        });
+        client.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    }
+    guest.until("the end", |guest| (!guest.tcp(handle).is_active()).then_some(()));
+    guest.linger(Duration::from_millis(50));
+    let mut got = Vec::new();
+    client.read_to_end(&mut got).unwrap();
+    assert!(got == data, "{} bytes came, or others", got.len());
+    lab.wait_for("the end of the flow", |status| status.flows == 0);
+}
+
+#[test]
+fn what_a_node_sends_after_the_hosts_end_is_not_lost() {
+    reads_late(false);
+}
+
+#[test]
+fn what_a_node_sends_before_its_end_is_not_lost() {
+    reads_late(true);
+}
+
 #[test]
 fn stop_ends_the_network() {
     let lab = Lab::start();

@@ -173,6 +173,80 @@ fn resets_cross_both_ways() {
 }
 
 #[test]
+fn an_answer_comes_before_the_hosts_reset() {
+    let lab = Lab::start();
+    let (listener, address) = server();
+    let answer = noise(40_000, 7);
+    let mut guest = lab.guest(10);
+    for _ in 0..10 {
+        let (handle, _) = guest.connected(address);
+        let (mut stream, _) = listener.accept().unwrap();
+        write_all(&mut guest, handle, b"a question that is not read to its end");
+        guest.until("the question", |_| (stream.peek(&mut [0; 100]).unwrap() > 0).then_some(()));
+        stream.write_all(&answer).unwrap();
+        drop(stream); // with unread input: a reset
+        let mut got: Vec<u8> = Vec::new();
+        guest.until("the reset", |guest| {
+            let socket = guest.tcp(handle);
+            let _ = socket.recv(|bytes| (bytes.len(), got.extend(&*bytes)));
+            (socket.state() == tcp::State::Closed).then_some(())
+        });
+        assert!(got == answer, "{} bytes of the answer came", got.len());
+    }
+    lab.wait_for("the end of the flows", |status| status.flows == 0);
+}
+
+/// A SYN of n10 from port 7.
+fn syn(card: &OwnedFd, to: SocketAddrV4, sequence: u32) {
+    segment(card, to, [sequence, 0], 2);
+}
+
+/// A segment of n10 from port 7, without data.
+fn segment(card: &OwnedFd, to: SocketAddrV4, [sequence, ack]: [u32; 2], flags: u8) {
+    let mut bytes = [7u16.to_be_bytes(), to.port().to_be_bytes()].concat();
+    bytes.extend([sequence.to_be_bytes(), ack.to_be_bytes()].concat());
+    bytes.extend([0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+    let packet = common::ipv4(10, *to.ip(), IpProtocol::Tcp, &bytes);
+    common::send(card, &common::packet(common::gateway_mac(), common::mac(10), 0x800, &packet));
+}
+
+/// The answer to a SYN with that sequence number: its own sequence number.
+fn syn_ack(card: &OwnedFd, sequence: u32) -> u32 {
+    loop {
+        let answer = common::receive(card, Duration::from_secs(5)).expect("an answer to the SYN");
+        let Ok(ip) = Ipv4Packet::new_checked(&answer[26..]) else { continue };
+        let Ok(tcp) = TcpPacket::new_checked(ip.payload()) else { continue };
+        if tcp.syn() && tcp.ack() && tcp.ack_number().0 as u32 == sequence + 1 {
+            return tcp.seq_number().0 as u32;
+        }
+    }
+}
+
+#[test]
+fn a_restarted_node_may_use_its_port_again() {
+    let lab = Lab::start();
+    let (listener, address) = server();
+    let card = lab.card("n10");
+    syn(&card, address, 100);
+    let theirs = syn_ack(&card, 100);
+    segment(&card, address, [101, theirs.wrapping_add(1)], 16);
+    let (mut before, _) = listener.accept().unwrap();
+    before.set_read_timeout(Some(common::LIMIT)).unwrap();
+    // The same again is a copy of the first, and changes nothing.
+    syn(&card, address, 100);
+    lab.wait_for("the flow", |status| status.flows == 1);
+    syn(&card, address, 70_000);
+    let theirs = syn_ack(&card, 70_000);
+    segment(&card, address, [70_001, theirs.wrapping_add(1)], 16);
+    let (mut after, _) = listener.accept().unwrap();
+    let error = before.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    after.set_nonblocking(true).unwrap();
+    assert_eq!(after.read(&mut [0; 1]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    lab.wait_for("one flow", |status| status.flows == 1);
+}
+
+#[test]
 fn a_node_that_does_not_read_stops_the_host() {
     let lab = Lab::start();
     let (listener, address) = server();
@@ -361,13 +435,13 @@ fn two_nodes_fetch_a_package_once() {
             stream.read_exact(&mut byte).unwrap();
             head.push(byte[0]);
         }
-        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\npackage").unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n!<arch>\npackage").unwrap();
         drop(listener); // nobody asks again
     });
     let request = format!("GET http://{address}/pool/a.deb HTTP/1.1\r\nHost: x\r\n\r\n");
-    assert!(from_cache(&mut lab.guest(10), &request).ends_with("\r\n\r\npackage"));
+    assert!(from_cache(&mut lab.guest(10), &request).ends_with("\r\n\r\n!<arch>\npackage"));
     server.join().unwrap();
-    assert!(from_cache(&mut lab.guest(11), &request).ends_with("\r\n\r\npackage"));
+    assert!(from_cache(&mut lab.guest(11), &request).ends_with("\r\n\r\n!<arch>\npackage"));
     lab.wait_for("the end of the flows", |status| status.flows == 0);
     // Without a folder there is no such port.
     let lab = Lab::start();

@@ -4,7 +4,8 @@
 //! - `store`: what is kept, in files
 //! - `proxy`: one connection of a node, in a thread of its own: it may wait for the world outside
 //!
-//! Nothing is trusted that comes from either side: apt checks what it gets against signed lists.
+//! Nothing is trusted that comes from either side: apt checks what it gets against signed lists. What is kept is checked here,
+//! too, as far as its address says what it is.
 
 mod proxy;
 mod store;

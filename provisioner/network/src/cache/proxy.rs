@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use sha2::{Digest, Sha256};
+
 use super::store::Store;
 use crate::nat::Outside;
 
@@ -18,6 +20,8 @@ const MAX_HEAD: usize = 32 << 10;
 const MAX_FIELDS: usize = 100;
 /// How long a server may take to be connected, and either side to go on.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// What every package begins with: it is an archive of ar.
+const PACKAGE: &[u8] = b"!<arch>\n";
 /// Fields of one connection alone (RFC 9110 §7.6.1).
 const OF_CONNECTION: [&str; 7] =
     ["connection", "proxy-connection", "keep-alive", "proxy-authorization", "te", "trailer", "upgrade"];
@@ -75,20 +79,20 @@ enum Failure {
 
 /// Answers a request; whether the connection goes on.
 fn answer(node: &UnixStream, request: &Request, store: &Store, outside: &Outside) -> Result<bool, Failure> {
-    if !(request.plain && is_kept(&request.url)) {
+    if !(request.plain && Promise::of(&request.url).is_some()) {
         return fetch(node, request, None, outside);
     }
     if let Some(kept) = store.get(&request.url) {
         return from_store(node, kept).map_err(Failure::Node);
     }
-    // Who waited for another may find it now.
+    // Who waited for another may find it now. Who waited for long fetches it, too, for the node alone.
     let turn = store.turn(&request.url);
     match store.get(&request.url) {
         Some(kept) => {
             drop(turn);
             from_store(node, kept).map_err(Failure::Node)
         }
-        None => fetch(node, request, Some(store), outside),
+        None => fetch(node, request, turn.as_ref().map(|_| store), outside),
     }
 }
 
@@ -123,8 +127,10 @@ fn fetch(
     let client = |error| Failure::Node(error);
     write!(node, "{}Connection: {connection}\r\n\r\n", answer.head).map_err(client)?;
     // What there is no room for is passed on all the same.
-    let mut writer = match (store, answer.length, answer.status) {
-        (Some(store), Some(length), 200) => store.begin(&request.url, length).ok(),
+    let mut kept = match (store, answer.length, answer.status) {
+        (Some(store), Some(length), 200) => {
+            store.begin(&request.url, length).ok().zip(Promise::of(&request.url))
+        }
         _ => None,
     };
     let mut left = answer.length.unwrap_or(u64::MAX);
@@ -141,12 +147,17 @@ fn fetch(
         };
         let bytes = piece.get(..read).unwrap_or_default();
         node.write_all(bytes).map_err(client)?;
-        if writer.as_mut().is_some_and(|writer| writer.write_all(bytes).is_err()) {
-            writer = None; // the host's disk is full
+        if let Some((writer, promise)) = &mut kept {
+            promise.update(bytes);
+            if writer.write_all(bytes).is_err() {
+                kept = None; // the host's disk is full
+            }
         }
         left = left.saturating_sub(read as u64);
     }
-    if let Some(writer) = writer {
+    if let Some((writer, promise)) = kept
+        && promise.holds()
+    {
         let _ = writer.keep();
     }
     Ok(goes_on)
@@ -263,11 +274,47 @@ fn split(url: &str) -> Option<(&str, &str)> {
     (!host.is_empty() && host.chars().all(plain)).then_some((host, path))
 }
 
-/// Whether an address never leads to anything else: a package has its version in its name, what is named by its digest is
-/// that.
-fn is_kept(url: &str) -> bool {
-    let name = url.rsplit('/').next().unwrap_or_default();
-    !url.contains('?') && (name.ends_with(".deb") || url.contains("/by-hash/SHA"))
+/// What an address promises that never leads to anything else: a package has its version in its name, what is named by its
+/// digest is that. A page of a network that wants a login first is neither.
+enum Promise<'u> {
+    /// A package, and what it begins with.
+    Package(Vec<u8>),
+    /// What has that SHA-256.
+    Digest(&'u str, Sha256),
+}
+
+impl<'u> Promise<'u> {
+    fn of(url: &'u str) -> Option<Self> {
+        let (folder, name) = url.rsplit_once('/')?;
+        if folder.contains('?') {
+            None
+        } else if name.ends_with(".deb") {
+            (!name.contains('?')).then(|| Self::Package(Vec::new()))
+        } else {
+            folder.ends_with("/by-hash/SHA256").then(|| Self::Digest(name, Sha256::new()))
+        }
+    }
+
+    fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Package(start) => {
+                let room = PACKAGE.len().saturating_sub(start.len()).min(bytes.len());
+                start.extend(bytes.get(..room).unwrap_or_default());
+            }
+            Self::Digest(_, digest) => digest.update(bytes),
+        }
+    }
+
+    /// Whether all that came is what was promised.
+    fn holds(self) -> bool {
+        match self {
+            Self::Package(start) => start == PACKAGE,
+            Self::Digest(name, digest) => {
+                let digest = digest.finalize();
+                digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>() == name
+            }
+        }
+    }
 }
 
 /// Connects to a server, as nodes may.
@@ -303,7 +350,7 @@ mod tests {
         let head = b"GET http://h.example/pool/a.deb HTTP/1.1\r\nHost: other\r\nUser-Agent: apt\r\nProxy-Connection: x\r\n\r\n";
         let request = parse_request(head).unwrap();
         assert_eq!(request.fields, "User-Agent: apt\r\n");
-        assert!(request.plain && is_kept(&request.url));
+        assert!(request.plain && Promise::of(&request.url).is_some());
         for field in ["Range: bytes=5-", "If-Modified-Since: x", "Cache-Control: no-cache"] {
             let head = format!("GET http://h/a.deb HTTP/1.1\r\n{field}\r\n\r\n");
             assert!(!parse_request(head.as_bytes()).unwrap().plain, "{field}");
@@ -326,12 +373,17 @@ mod tests {
         for (url, kept) in [
             ("http://h/pool/main/a/a_1.deb", true),
             ("http://h/dists/x/by-hash/SHA256/00ff", true),
+            ("http://h/dists/x/by-hash/SHA512/00ff", false),
             ("http://h/dists/x/InRelease", false),
             ("http://h/a.deb?x", false),
+            ("http://h/?x/a.deb", false),
         ] {
-            assert_eq!(is_kept(url), kept, "{url}");
+            assert_eq!(Promise::of(url).is_some(), kept, "{url}");
         }
     }
+
+    /// Where nothing is found, by the digest of that.
+    const EMPTY: &str = "/by-hash/SHA256/e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
     /// A server that counts how often it is asked, and answers by the path.
     fn server(answers: usize) -> (SocketAddr, std::thread::JoinHandle<Vec<String>>) {
@@ -349,9 +401,15 @@ mod tests {
                     "/chunked" => {
                         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n".into()
                     }
+                    "/login.deb" | "/by-hash/SHA256/00ff" => {
+                        "HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\npage".into()
+                    }
+                    EMPTY => "HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n".into(),
                     "/short.deb" => "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nab".into(),
                     path => {
-                        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nX: y\r\n\r\n{path}", path.len())
+                        let body =
+                            if path.ends_with(".deb") { format!("!<arch>\n{path}") } else { path.into() };
+                        format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nX: y\r\n\r\n{body}", body.len())
                     }
                 };
                 stream.write_all(answer.as_bytes()).unwrap();
@@ -360,6 +418,14 @@ mod tests {
             asked
         };
         (address, std::thread::spawn(serve))
+    }
+
+    /// An address outside that leads to 127.0.0.1.
+    fn detour() -> Outside {
+        Outside {
+            detours: [([192, 0, 2, 7].into(), [127, 0, 0, 1].into())].into_iter().collect(),
+            ..Outside::default()
+        }
     }
 
     /// What a node gets that sends these requests at once.
@@ -380,14 +446,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path());
         let (address, served) = server(6);
-        let mut outside = Outside::default();
-        outside.detours.insert([192, 0, 2, 7].into(), [127, 0, 0, 1].into());
+        let outside = detour();
         let get =
             |path: &str| format!("GET http://192.0.2.7:{}{path} HTTP/1.1\r\nHost: h\r\n\r\n", address.port());
         let said = asks(&store, &outside, &format!("{}{}", get("/a.deb"), get("/list")));
         assert!(said.contains("X: y\r\n") && said.contains("/a.deb") && said.ends_with("/list"), "{said}");
         let said = asks(&store, &outside, &get("/a.deb").repeat(3));
-        assert_eq!(said.matches("\r\n\r\n/a.deb").count(), 3, "{said}");
+        assert_eq!(said.matches("\r\n\r\n!<arch>\n/a.deb").count(), 3, "{said}");
         assert!(asks(&store, &outside, &get("/list")).ends_with("/list"));
         assert!(asks(&store, &outside, &get("/none.deb")).starts_with("HTTP/1.1 404"));
         assert!(asks(&store, &outside, &get("/chunked")).ends_with("0\r\n\r\n"));
@@ -401,6 +466,37 @@ mod tests {
         assert!(asks(&store, &outside, &get("/a.deb")).ends_with("/a.deb"));
         let own = format!("GET http://127.0.0.1:{}/a HTTP/1.1\r\n\r\n", address.port());
         assert!(asks(&store, &outside, &own).starts_with("HTTP/1.1 502"));
+    }
+
+    #[test]
+    fn what_is_not_what_was_asked_for_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path());
+        let (address, served) = server(3);
+        for (path, end, kept) in [
+            ("/login.deb", "page", false),
+            ("/by-hash/SHA256/00ff", "page", false),
+            (EMPTY, "\r\n\r\n", true),
+        ] {
+            let url = format!("http://192.0.2.7:{}{path}", address.port());
+            let said = asks(&store, &detour(), &format!("GET {url} HTTP/1.1\r\n\r\n"));
+            assert!(said.ends_with(end), "{said}");
+            assert_eq!(store.get(&url).is_some(), kept, "{path}");
+        }
+        served.join().unwrap();
+    }
+
+    #[test]
+    fn who_waited_for_long_fetches_for_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::impatient(dir.path());
+        let (address, served) = server(1);
+        let url = format!("http://192.0.2.7:{}/a.deb", address.port());
+        let _busy = store.turn(&url).unwrap();
+        let said = asks(&store, &detour(), &format!("GET {url} HTTP/1.1\r\n\r\n"));
+        assert!(said.ends_with("/a.deb"), "{said}");
+        served.join().unwrap();
+        assert!(store.get(&url).is_none(), "that is for the other to do");
     }
 
     proptest! {

@@ -13,8 +13,10 @@ use sha2::{Digest, Sha256};
 
 /// Most that is kept, in bytes.
 const ROOM: u64 = 4 << 30;
-/// How long one connection waits for another that fetches the same.
-const PATIENCE: Duration = Duration::from_secs(300);
+/// How long one connection waits for another that fetches the same: less than apt does for the first byte (30 s).
+const PATIENCE: Duration = Duration::from_secs(20);
+/// When a file that is not whole was written to for the last time, if nobody writes to it any more.
+const ABANDONED: Duration = Duration::from_secs(600);
 /// What begins the name of a file that is not whole.
 const PARTIAL: &str = ".part";
 
@@ -22,6 +24,7 @@ const PARTIAL: &str = ".part";
 pub struct Store {
     folder: PathBuf,
     room: u64,
+    patience: Duration,
     /// Addresses that are being fetched.
     fetching: Mutex<HashSet<String>>,
     fetched: Condvar,
@@ -43,7 +46,19 @@ pub struct Writer<'s> {
 impl Store {
     /// What is kept in a folder.
     pub fn new(folder: &Path) -> Self {
-        Self { folder: folder.into(), room: ROOM, fetching: Mutex::default(), fetched: Condvar::new() }
+        Self {
+            folder: folder.into(),
+            room: ROOM,
+            patience: PATIENCE,
+            fetching: Mutex::default(),
+            fetched: Condvar::new(),
+        }
+    }
+
+    /// What is kept in a folder, for who does not wait.
+    #[cfg(test)]
+    pub fn impatient(folder: &Path) -> Self {
+        Self { patience: Duration::ZERO, ..Self::new(folder) }
     }
 
     fn path(&self, url: &str) -> PathBuf {
@@ -67,7 +82,7 @@ impl Store {
     /// Waits until nobody else fetches an address. `None` if that takes too long.
     pub fn turn(&self, url: &str) -> Option<Turn<'_>> {
         let busy = |fetching: &mut HashSet<String>| fetching.contains(url);
-        let waited = self.fetched.wait_timeout_while(self.fetching(), PATIENCE, busy);
+        let waited = self.fetched.wait_timeout_while(self.fetching(), self.patience, busy);
         let (mut fetching, waited) = waited.unwrap_or_else(PoisonError::into_inner);
         if waited.timed_out() {
             return None;
@@ -78,6 +93,10 @@ impl Store {
 
     /// Makes room, and begins to keep an address.
     pub fn begin(&self, url: &str, length: u64) -> io::Result<Writer<'_>> {
+        // Before all else goes for nothing.
+        if length > self.room {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
         fs::create_dir_all(&self.folder)?;
         self.make_room(length)?;
         let file = tempfile::Builder::new().prefix(PARTIAL).tempfile_in(&self.folder)?;
@@ -92,7 +111,7 @@ impl Store {
             let used = metadata.modified()?;
             let partial = entry.file_name().as_encoded_bytes().starts_with(PARTIAL.as_bytes());
             // Of a process that was killed; what is being written now is younger.
-            if partial && used.elapsed().is_ok_and(|age| age > 2 * PATIENCE) {
+            if partial && used.elapsed().is_ok_and(|age| age > ABANDONED) {
                 fs::remove_file(entry.path())?;
             } else if !partial {
                 kept.push((used, metadata.len(), entry.path()));
@@ -107,7 +126,7 @@ impl Store {
             fs::remove_file(path)?;
             total = total.saturating_sub(old);
         }
-        if length > self.room { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        Ok(())
     }
 }
 
@@ -162,6 +181,7 @@ mod tests {
         file.read_to_string(&mut text).unwrap();
         assert_eq!((text.as_str(), length), ("0123456789", 10));
         assert!(store.begin("d", 26).is_err());
+        assert!(store.get("b").is_some(), "nothing goes for what there can be no room for");
     }
 
     #[test]
@@ -180,5 +200,6 @@ mod tests {
             drop(first);
         });
         assert_eq!(*order.lock().unwrap(), [1, 2]);
+        assert!(store.patience < Duration::from_secs(30), "apt's");
     }
 }

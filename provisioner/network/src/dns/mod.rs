@@ -8,3 +8,9 @@ pub mod zone;
 
 /// DNS's port.
 pub const PORT: u16 = 53;
+
+/// Whether a resolver's answer says that it has none: SERVFAIL, NOTIMP or REFUSED. Another may have one; the C library asks
+/// it, too.
+fn is_refusal(answer: &[u8]) -> bool {
+    answer.get(3).is_some_and(|flags| matches!(flags & 0x0f, 2 | 4 | 5))
+}

@@ -13,7 +13,7 @@ use rustix::{
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType},
 };
 
-use super::{PORT, resolvers::Resolvers, zone};
+use super::{PORT, is_refusal, resolvers::Resolvers, zone};
 use crate::{
     lan::Lan,
     poller::{EventFlags, Token},
@@ -35,6 +35,8 @@ struct Query {
     socket: Option<OwnedFd>,
     tries: usize,
     deadline: Instant,
+    /// The last resolver's answer that says that it has none.
+    refusal: Option<Vec<u8>>,
 }
 
 /// The queries under way.
@@ -54,20 +56,26 @@ impl Relay {
             self.queries.pop_first();
         }
         let id = lan.new_id();
-        let query = Query { guest, bytes: bytes.to_vec(), socket: None, tries: 0, deadline: lan.now };
+        let (bytes, deadline) = (bytes.to_vec(), lan.now);
+        let query = Query { guest, bytes, socket: None, tries: 0, deadline, refusal: None };
         self.queries.insert(id, query);
         self.next_try(id, resolvers, lan);
     }
 
     /// The socket of a query became readable.
     pub fn ready(&mut self, id: u64, resolvers: &mut Resolvers, lan: &mut Lan) {
-        let Some(Query { socket: Some(socket), bytes, guest, .. }) = self.queries.get(&id) else { return };
+        let Some(query) = self.queries.get_mut(&id) else { return };
+        let Query { socket: Some(socket), bytes, guest, .. } = query else { return };
         let mut answer = vec![0; MAX_ANSWER];
         match rustix::net::recv(socket, answer.as_mut_slice(), RecvFlags::DONTWAIT) {
             Ok((len, _)) => {
                 answer.truncate(len);
                 let response = answer.get(2).is_some_and(|flags| flags & 0x80 != 0);
                 if len >= 12 && response && answer.get(..2) == bytes.get(..2) {
+                    if is_refusal(&answer) && query.tries < resolvers.list(lan.now).len() {
+                        query.refusal = Some(answer);
+                        return self.next_try(id, resolvers, lan);
+                    }
                     lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), *guest, &answer);
                     self.queries.remove(&id);
                 }
@@ -112,7 +120,7 @@ impl Relay {
                 return;
             }
         }
-        let failure = zone::failure(&query.bytes);
+        let failure = query.refusal.take().unwrap_or_else(|| zone::failure(&query.bytes));
         let guest = query.guest;
         self.queries.remove(&id);
         lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), guest, &failure);

@@ -14,6 +14,7 @@ use rustix::{
 use smoltcp::socket::tcp::{Socket, State};
 
 use super::{
+    is_refusal,
     resolvers::Resolvers,
     zone::{self, Verdict, Zone},
 };
@@ -56,6 +57,8 @@ pub struct Session {
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
     upstream: Option<Upstream>,
+    /// The last resolver's answer that says that it has none.
+    refusal: Option<Vec<u8>>,
 }
 
 impl Session {
@@ -87,11 +90,14 @@ impl Session {
             if let Some(upstream) = self.upstream.as_mut() {
                 match upstream.exchange(lan.now) {
                     Ok(None) => return Progress::Going,
-                    Ok(Some(answer)) => {
+                    Ok(Some(answer))
+                        if !is_refusal(&answer) || upstream.tries >= resolvers.list(lan.now).len() =>
+                    {
                         self.upstream = None;
                         self.reply(&answer);
                     }
-                    Err(_) => {
+                    other => {
+                        self.refusal = other.ok().flatten().or(self.refusal.take());
                         let (query, tries) = (std::mem::take(&mut upstream.query), upstream.tries);
                         self.open(id, query.get(PREFIX..).unwrap_or_default(), tries, resolvers, lan);
                     }
@@ -108,7 +114,10 @@ impl Session {
             };
             match zone.decide(&query) {
                 Verdict::Answer(answer) => self.reply(&answer),
-                Verdict::Relay => self.open(id, &query, 0, resolvers, lan),
+                Verdict::Relay => {
+                    self.refusal = None;
+                    self.open(id, &query, 0, resolvers, lan);
+                }
                 Verdict::Drop => return Progress::Broken,
             }
         }
@@ -167,7 +176,8 @@ impl Session {
                 return;
             }
         }
-        self.reply(&zone::failure(query));
+        let failure = self.refusal.take().unwrap_or_else(|| zone::failure(query));
+        self.reply(&failure);
     }
 }
 

@@ -59,11 +59,15 @@ pub struct HostSide {
     node: SocketAddrV4,
     /// What a control client sent right behind its request.
     preface: Vec<u8>,
+    /// What the node has sent and the host has not taken when both have closed: the stack may forget it any time.
+    rest: Vec<u8>,
     readable: bool,
     writable: bool,
     hung_up: bool,
     read_done: bool,
     write_done: bool,
+    /// The socket is broken. What it has said before is for the node, and then a reset.
+    broken: bool,
 }
 
 impl HostSide {
@@ -90,11 +94,13 @@ impl HostSide {
             stage,
             node,
             preface,
+            rest: Vec::new(),
             readable: false,
             writable: false,
             hung_up: false,
             read_done: false,
             write_done: false,
+            broken: false,
         }
     }
 
@@ -164,10 +170,24 @@ impl HostSide {
             // Aborted; the reset is still to be sent.
             return Outcome::Going;
         }
-        if self.guest_to_host(tcp).is_err() || self.host_to_guest(tcp).is_err() {
+        if !self.broken && self.guest_to_host(tcp).is_err() {
+            (self.broken, self.readable) = (true, true);
+        }
+        if self.host_to_guest(tcp).is_err() {
+            (self.broken, self.read_done) = (true, true);
+        }
+        if !self.broken {
+            self.take_rest(tcp);
+        } else if self.read_done && tcp.send_queue() == 0 {
+            self.rest.clear();
             tcp.abort();
         }
         Outcome::Going
+    }
+
+    /// Whether the node has closed for good, and the host has not yet taken all that it had sent.
+    pub fn has_rest(&self) -> bool {
+        !self.rest.is_empty()
     }
 
     /// Whether the host's side has no more use for a flow whose node has closed, too.
@@ -180,13 +200,36 @@ impl HostSide {
         if let Stage::GuestConnecting(_) = self.stage {
             self.tell(&Reply::Error(format!("{} refused the connection", self.node)));
         }
-        if !self.is_done() {
-            self.reset();
+        if self.has_rest() && self.send_rest().is_ok() {
+            if self.has_rest() {
+                return Outcome::Going;
+            }
+            self.write_done = rustix::net::shutdown(&self.socket, Shutdown::Write).is_ok();
         }
         Outcome::Finished
     }
 
+    /// Take over what the stack holds for the host, once there comes no more.
+    fn take_rest(&mut self, tcp: &mut Socket<'_>) {
+        if matches!(tcp.state(), State::LastAck | State::Closing | State::TimeWait) {
+            let rest = &mut self.rest;
+            while tcp.can_recv() && tcp.recv(|bytes| (bytes.len(), rest.extend(&*bytes))).is_ok() {}
+        }
+    }
+
+    fn send_rest(&mut self) -> Result<(), Errno> {
+        while self.writable && self.has_rest() {
+            match rustix::net::send(&self.socket, &self.rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent) => drop(self.rest.drain(..sent.min(self.rest.len()))),
+                Err(Errno::AGAIN) => self.writable = false,
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
     fn guest_to_host(&mut self, tcp: &mut Socket<'_>) -> Result<(), Errno> {
+        self.send_rest()?;
         while self.writable && tcp.can_recv() {
             let socket = &self.socket;
             let sent = tcp.recv(|bytes| {
@@ -206,7 +249,7 @@ impl HostSide {
             tcp.state(),
             State::CloseWait | State::LastAck | State::Closing | State::TimeWait | State::Closed
         );
-        if closed && !self.write_done && tcp.recv_queue() == 0 {
+        if closed && !self.write_done && tcp.recv_queue() == 0 && !self.has_rest() {
             self.write_done = true;
             rustix::net::shutdown(&self.socket, Shutdown::Write)?;
         }
@@ -233,7 +276,9 @@ impl HostSide {
             match got {
                 Ok(Ok((0, _))) => {
                     self.read_done = true;
-                    tcp.close();
+                    if !self.broken {
+                        tcp.close();
+                    }
                 }
                 // Less than there was room for: nothing more is there, or the poller says so again (epoll(7)).
                 Ok(Ok((_, true))) if !hung_up => self.readable = false,
@@ -258,7 +303,7 @@ impl HostSide {
     }
 
     /// Let the host's other end see a reset when the socket is closed.
-    fn reset(&self) {
+    pub fn reset(&self) {
         if self.opener != Opener::Dial {
             let _ = rustix::net::sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO));
         }

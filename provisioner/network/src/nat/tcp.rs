@@ -51,6 +51,13 @@ enum Peer {
     Dns(Session),
 }
 
+impl Peer {
+    /// Whether the node's SYN is not to be answered yet.
+    fn is_connecting(&self) -> bool {
+        matches!(self, Peer::Host(host) if host.is_host_connecting())
+    }
+}
+
 struct Flow {
     key: FlowKey,
     socket: FlowSocket,
@@ -117,6 +124,13 @@ impl TcpFlows {
             outside: SocketAddrV4::new(packet.dst_addr(), segment.dst_port()),
         };
         let bytes = packet.as_ref();
+        let begins = segment.syn() && !segment.ack() && !segment.rst();
+        if begins
+            && let Some(id) = self.by_key.get(&key).copied()
+            && self.is_forgotten(id, &segment)
+        {
+            self.remove(id);
+        }
         if let Some(id) = self.by_key.get(&key).copied() {
             if let Some(flow) = self.flows.get_mut(&id) {
                 flow.active = lan.now;
@@ -126,7 +140,7 @@ impl TcpFlows {
                     self.remove(id);
                 }
             }
-        } else if segment.syn() && !segment.ack() && !segment.rst() {
+        } else if begins {
             self.open(key, packet, lan);
         } else {
             self.stack.refuse(lan, bytes, *key.guest.ip());
@@ -207,6 +221,16 @@ impl TcpFlows {
         }
     }
 
+    /// Whether a SYN shows that the node knows nothing of that flow any more: it was restarted, and uses the port again.
+    fn is_forgotten(&mut self, id: u64, syn: &TcpPacket<&[u8]>) -> bool {
+        let Some(flow) = self.flows.get_mut(&id) else { return false };
+        let opening =
+            matches!(flow.socket.tcp().state(), State::Listen | State::SynSent | State::SynReceived);
+        let Ok(packet) = Ipv4Packet::new_checked(flow.syn.as_slice()) else { return false };
+        let Ok(first) = TcpPacket::new_checked(packet.payload()) else { return false };
+        !opening && first.seq_number() != syn.seq_number()
+    }
+
     /// A node opens a connection.
     fn open(&mut self, key: FlowKey, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let guest = *key.guest.ip();
@@ -253,7 +277,9 @@ impl TcpFlows {
 
     fn insert(&mut self, key: FlowKey, peer: Peer, lan: &mut Lan) -> u64 {
         if self.flows.len() >= self.limit
-            && let Some((id, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
+            // Those that lead nowhere yet go first: a scan of ports must not cost others their connections.
+            && let Some((id, _)) =
+                self.flows.iter().min_by_key(|(_, flow)| (!flow.peer.is_connecting(), flow.active))
         {
             self.evict(*id, lan);
         }
@@ -292,7 +318,13 @@ impl TcpFlows {
 
     fn remove(&mut self, id: u64) {
         if let Some(flow) = self.flows.remove(&id) {
-            self.by_key.remove(&flow.key);
+            // An end that is not both sides' must not look like one.
+            if let Peer::Host(host) = &flow.peer
+                && !host.is_done()
+            {
+                host.reset();
+            }
+            give_up(&mut self.by_key, &flow.key, id);
             if let Some(due) = flow.timer {
                 self.timers.remove(&(due, id));
             }
@@ -326,8 +358,7 @@ impl TcpFlows {
                 }
             }
         }
-        let waits = matches!(&flow.peer, Peer::Host(host) if host.is_host_connecting());
-        let egress = if finished || waits {
+        let egress = if finished || flow.peer.is_connecting() {
             Egress::Idle(None)
         } else {
             self.stack.egress(&mut flow.socket, lan, guest)
@@ -339,13 +370,11 @@ impl TcpFlows {
         if finished || unheard || egress == Egress::Broken {
             return self.remove(id);
         }
-        if gone || tcp.state() == State::TimeWait && egress != Egress::Blocked {
-            // Nothing more is sent. A host's side that has not ended properly is reset by this.
-            if let Peer::Host(host) = &mut flow.peer
-                && !host.is_done()
-            {
-                host.advance(tcp, lan.now);
-            }
+        // Nothing more is sent.
+        let over = gone || tcp.state() == State::TimeWait && egress != Egress::Blocked;
+        let has_rest = matches!(&flow.peer, Peer::Host(host) if host.has_rest());
+        let end = flow.active + MAX_SILENCE;
+        if over && (!has_rest || lan.now >= end) {
             return self.remove(id);
         }
         let mut due = match &flow.peer {
@@ -353,6 +382,11 @@ impl TcpFlows {
             Peer::Dns(session) => session.deadline(),
         };
         match egress {
+            // The host may take its time; the node may use its port again.
+            _ if over => {
+                give_up(&mut self.by_key, &flow.key, id);
+                due = Some(end);
+            }
             Egress::Blocked if lan.now.saturating_duration_since(flow.active) > MAX_SILENCE => {
                 return self.remove(id);
             }
@@ -380,8 +414,15 @@ impl TcpFlows {
     }
 }
 
+/// A flow no longer has its key; another may have it by now.
+fn give_up(by_key: &mut HashMap<FlowKey, u64>, key: &FlowKey, id: u64) {
+    if by_key.get(key) == Some(&id) {
+        by_key.remove(key);
+    }
+}
+
 /// Room in bytes for a flow's data in each direction: less where there are many, so that they are bounded together
-/// (4096 flows: 240 MiB, if all are full).
+/// (4096 flows: 240 MiB, if all are full; half as much again, if then all nodes close and the host does not read).
 fn room(flows: usize) -> usize {
     match flows {
         0..64 => 256 << 10,
@@ -407,5 +448,48 @@ fn unreachable(error: Errno) -> Option<Icmpv4DstUnreachable> {
         Errno::HOSTUNREACH | Errno::HOSTDOWN | Errno::TIMEDOUT => Some(Icmpv4DstUnreachable::HostUnreachable),
         Errno::ACCESS | Errno::PERM => Some(Icmpv4DstUnreachable::NetProhibited),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener};
+
+    use smoltcp::wire::Ipv4Cidr;
+
+    use super::*;
+    use crate::hosts::Hosts;
+
+    const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
+
+    #[test]
+    fn flows_that_lead_nowhere_make_room_first() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mut lan = Lan::new(Ipv4Cidr::new(Ipv4Addr::new(10, 0, 0, 1), 24)).unwrap();
+        let outside =
+            Outside { detours: [(OUTSIDE, Ipv4Addr::LOCALHOST)].into_iter().collect(), ..Outside::default() };
+        let mut flows = TcpFlows::new(Stack::new(&mut lan, 1), outside, None, 2);
+        let open = |flows: &mut TcpFlows, lan: &mut Lan, from: u16| {
+            let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 10, 0, 0, 2];
+            packet.extend(OUTSIDE.octets());
+            packet.extend([from.to_be_bytes(), port.to_be_bytes()].concat());
+            packet.extend([0, 0, 0, 9, 0, 0, 0, 0, 0x50, 2, 0xff, 0xff, 0, 0, 0, 0]);
+            let mut packet = Ipv4Packet::new_unchecked(packet);
+            packet.fill_checksum();
+            lan.now += Duration::from_secs(1);
+            flows.input(&Ipv4Packet::new_checked(packet.into_inner().as_slice()).unwrap(), lan);
+        };
+        open(&mut flows, &mut lan, 1);
+        let connected = *flows.flows.keys().next().unwrap();
+        flows.ready(connected, EventFlags::OUT);
+        let mut resolvers = Resolvers::new("/none".into(), 9);
+        let zone = Zone { domain: "test.lab", hosts: &Hosts::default(), cidr: lan.cidr };
+        flows.run(&mut Names { zone, resolvers: &mut resolvers }, &mut lan);
+        // Nobody says that these are connected.
+        for from in 2..6 {
+            open(&mut flows, &mut lan, from);
+        }
+        assert!(flows.count() == 2 && flows.flows.contains_key(&connected));
     }
 }
