@@ -35,7 +35,7 @@ impl Node {
         let read = |below: &str| fs::read_to_string(repository().join("scripts/stacks").join(below)).unwrap();
         let whole = read("prelude.sh") + &read(&format!("kubernetes/{script}"));
         let root = self.root.path().display();
-        let moved = ["/etc/", "/usr/local/", "/root/"]
+        let moved = ["/etc/", "/usr/local/", "/root/", "/var/lib/"]
             .iter()
             .fold(whole, |text, path| text.replace(path, &format!("{root}{path}")))
             .replace("/usr/lib/apt/apt-helper", "apt-helper");
@@ -87,6 +87,27 @@ fn kubeadm_finds_patches_where_its_version_looks() {
         assert!(phases.iter().all(|call| call.contains("--config")), "{calls}");
         assert_eq!(phases.iter().filter(|call| call.contains("patches ")).count(), if flag { 4 } else { 0 });
         assert!(folder.join("etcd+strategic.yaml").exists());
+    }
+}
+
+/// A worker stays in its cluster, unless its master is another one by now.
+#[test]
+fn a_worker_leaves_a_cluster_that_is_gone() {
+    // SHA-256 of nothing, which is what this openssl says of a certificate.
+    let ours = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+    for (authority, stays) in [(ours, true), ("00", false)] {
+        let node = Node::new(&[
+            ("kubeadm", "[ $1 = reset ] || cat > /dev/null < \"$3\""),
+            ("openssl", ""),
+            ("systemctl", ""),
+        ]);
+        fs::write(node.path("etc/kubernetes/kubelet.conf"), "").unwrap();
+        let join = format!("token=t.t\nauthority=sha256:{authority}\napi=v1beta4\n");
+        fs::write(node.path("step/join"), join).unwrap();
+        let calls = node.run("join.sh", &[("LAB_NODE", "worker1"), ("LAB_MASTER_IP", "192.168.60.10")]);
+        let reset = "kubeadm reset --force --cri-socket unix:///run/containerd/containerd.sock\n";
+        assert_eq!(calls.ends_with("systemctl start kubelet.service\n"), stays, "{calls}");
+        assert!(calls.contains(reset) != stays && calls.contains("kubeadm join ") != stays, "{calls}");
     }
 }
 
