@@ -14,14 +14,21 @@ use crate::{
 
 /// Lists, adds or removes forwards.
 pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode, Error> {
-    let mut lab = context.existing()?;
-    match action.unwrap_or(ForwardAction::Ls) {
+    let lab = context.existing()?;
+    let change = match action.unwrap_or(ForwardAction::Ls) {
         ForwardAction::Ls => {
             context.print(&lab.forwards(), |forwards| {
                 table(&["ON THIS MACHINE", "IN THE LAB"], &status::forward_rows(forwards))
             })?;
             return Ok(ExitCode::SUCCESS);
         }
+        change => change,
+    };
+    let _lock = lab.lock()?;
+    // As the last one who changed them has left them.
+    let mut lab = context.existing()?;
+    match change {
+        ForwardAction::Ls => {}
         ForwardAction::Add { node, forward } => {
             let ip = lab.node(&node)?.ip;
             let new = labfile::parse_forward(&forward, ip).map_err(Error::Other)?;
@@ -38,7 +45,6 @@ pub fn run(context: &Context, action: Option<ForwardAction>) -> Result<ExitCode,
             }
         }
     }
-    let _lock = lab.lock()?;
     apply(&lab)?;
     Ok(ExitCode::SUCCESS)
 }

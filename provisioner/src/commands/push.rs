@@ -180,7 +180,9 @@ fn from_docker(lab: &Lab, node: &str, image: &str, target: &str, task: &Task) ->
         Some(archive) => into_registry(lab, node, Kind::Docker, target, archive, task),
         None => Err(none("it writes nothing".into())),
     };
-    ended(&mut save).and(pushed)
+    let ended = ended(&mut save);
+    // Where the node took no more, that is why docker could not write.
+    pushed.and(ended)
 }
 
 fn ended(save: &mut Child) -> Result<(), Error> {
