@@ -145,14 +145,14 @@ fn start_from_kept(lab: &mut Lab) -> Result<(), Error> {
     let Err(error) = restored else { return Ok(lab.record()?) };
     lab.came_up = false;
     kept::take_back(lab)?;
-    match error {
-        Error::Snapshot(SnapshotError::NotRestored { source, .. }) => {
-            lab.progress.warn(&format!("the snapshot of its first up is of no use: {source}"));
-            Ok(kept::forget(lab)?)
-        }
-        // A port that somebody else has, a full disk: it is there for the next time.
-        other => Err(other),
-    }
+    let why = match error {
+        Error::Snapshot(SnapshotError::NotRestored { source, .. }) => source.to_string(),
+        // A port that somebody else has: the snapshot is there for the next time.
+        Error::Snapshot(SnapshotError::Action(_)) => return Err(error),
+        other => other.to_string(),
+    };
+    lab.progress.warn(&format!("the snapshot of its first up is of no use: {why}"));
+    Ok(kept::forget(lab)?)
 }
 
 /// Keeps what the first `up` came to. That it can't is no failure of the lab.
