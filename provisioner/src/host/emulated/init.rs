@@ -42,6 +42,8 @@ const NAME_SERVER: Ipv4Addr = Ipv4Addr::new(10, 0, 2, 3);
 pub const RUN: &str = "/run/lab-host";
 /// Folders of the system, which nothing in here has to change.
 const READ_ONLY: [&str; 8] = ["/usr", "/etc", "/boot", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
+/// How far the speed of a guest's processor may be from this one's, in millionths, until KVM takes it for another one.
+const TSC_TOLERANCE: &str = "/sys/module/kvm/parameters/tsc_tolerance_ppm";
 /// How long processes get to end before they are killed.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 /// Memory that files of the real machine may take in any case, in MiB.
@@ -117,6 +119,10 @@ fn serve(config: &Path) -> Result<(), Error> {
     for module in &config.first {
         load(module).map_err(failed(format!("load {}", module.display())))?;
     }
+    // KVM takes the processor's speed from the kernel's first measurement, which the kernel makes a better one after a second.
+    // Where the two are further apart than KVM tolerates, it means guests to have another speed than the processor, which it
+    // can't give them here: their time stands still for it, and no timer of theirs comes when it should (kvm_set_tsc_khz()).
+    fs::write(TSC_TOLERANCE, "100000").map_err(failed(TSC_TOLERANCE))?;
     open_device("/dev/kvm").map_err(failed("QEMU emulates no SVM here: /dev/kvm"))?;
     // With its first machine, and after its last, KVM has the kernel change code that runs, of which QEMU has been seen to
     // run an old translation. As long as this machine is there, no other is the first or the last.
