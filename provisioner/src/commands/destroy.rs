@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Context, Error, fork, halt};
-use crate::{actions, files, kubeconfig, lab::Lab, snapshot, state};
+use crate::{actions, files, kubeconfig, lab::Lab, snapshot};
 
 /// Asks whether these nodes, the lab, or all its forks are to be removed, where there is somebody to ask and something to
 /// remove.
@@ -44,9 +44,7 @@ pub fn run(context: &Context, nodes: &[String], forget: bool) -> Result<ExitCode
         }
     } else {
         // Before one of them has taken its leave.
-        for name in nodes.iter().filter(|name| !state::nodes_on_disk(&lab.dirs).contains(name)) {
-            lab.node(name)?;
-        }
+        halt::check(&lab, nodes)?;
         // A lab whose stacks are no longer to be had can be taken apart, too.
         if let Err(error) = actions::take_leave(&lab, nodes) {
             lab.progress.warn(&format!("{} does not take its leave: {error}", nodes.join(", ")));

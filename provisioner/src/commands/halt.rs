@@ -23,14 +23,17 @@ pub fn restart(context: &Context, nodes: &[String], force: bool) -> Result<ExitC
     Ok(ExitCode::SUCCESS)
 }
 
+/// Refuses names that are no nodes: they become paths.
+pub fn check(lab: &Lab, nodes: &[String]) -> Result<(), Error> {
+    let there = state::nodes_on_disk(&lab.dirs);
+    nodes.iter().filter(|name| !there.contains(name)).try_for_each(|name| lab.node(name).map(drop))?;
+    Ok(())
+}
+
 /// Powers nodes off, all at the same time; without names also those that the labfile no longer has, and the network.
 pub fn off(lab: &Lab, nodes: &[String], force: bool) -> Result<(), Error> {
-    let there = state::nodes_on_disk(&lab.dirs);
-    // Names become paths: only those that are nodes may.
-    for name in nodes.iter().filter(|name| !there.contains(name)) {
-        lab.node(name)?;
-    }
-    let names = if nodes.is_empty() { there } else { nodes.to_vec() };
+    check(lab, nodes)?;
+    let names = if nodes.is_empty() { state::nodes_on_disk(&lab.dirs) } else { nodes.to_vec() };
     let results: Vec<Result<(), machine::Error>> = std::thread::scope(|scope| {
         let power_off = |name: &String| {
             if state::node_state(&lab.dirs, name) != state::NodeState::Running {
