@@ -124,9 +124,15 @@ impl Image {
         self.dir.join(&self.manifest.root_file)
     }
 
+    /// The files of its root file system as a tar archive packed by zstd; `None` of an image that was not built here.
+    pub fn files(&self) -> Option<PathBuf> {
+        Some(self.dir.join(build::FILES)).filter(|path| path.exists())
+    }
+
     /// Space that the image takes on the host, in bytes (holes take none).
     pub fn space_bytes(&self) -> u64 {
-        let files = self.manifest.files.keys().map(|file| fs::metadata(self.dir.join(file)));
+        let names = self.manifest.files.keys().map(String::as_str).chain([build::FILES]);
+        let files = names.map(|file| fs::metadata(self.dir.join(file)));
         files.filter_map(Result::ok).map(|metadata| metadata.blocks().saturating_mul(512)).sum()
     }
 }

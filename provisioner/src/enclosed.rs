@@ -130,13 +130,22 @@ pub fn digest(files: &[Enclosed]) -> Vec<u8> {
 /// A path is too long for one.
 pub fn pack(files: &[Enclosed]) -> io::Result<Vec<u8>> {
     let mut archive = tar::Builder::new(Vec::new());
+    append(files, &mut archive)?;
+    archive.into_inner()
+}
+
+/// Adds them to a tar archive.
+///
+/// # Errors
+/// A path is too long for one.
+pub fn append<W: io::Write>(files: &[Enclosed], archive: &mut tar::Builder<W>) -> io::Result<()> {
     for file in files {
         let mut header = tar::Header::new_gnu();
         header.set_size(file.bytes.len() as u64);
         header.set_mode(if file.executable { 0o755 } else { 0o644 });
         archive.append_data(&mut header, &file.path, file.bytes.as_slice())?;
     }
-    archive.into_inner()
+    Ok(())
 }
 
 #[cfg(test)]

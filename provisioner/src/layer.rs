@@ -157,16 +157,21 @@ impl Store {
         Ok(layer.filter(|layer| layer.format == FORMAT && self.dir.join(key).join(OVERLAY).exists()))
     }
 
-    /// How many of these layers, one upon the other, are there for a disk of this size.
+    /// How many of these steps the highest layer that is there for a disk of this size has in it.
     pub fn present(&self, keys: &[String], disk_bytes: u64) -> Result<usize, Error> {
-        let mut below = None;
+        let (mut below, mut count) = (None, 0);
         for (index, key) in keys.iter().enumerate() {
-            let layer = self.get(key)?;
-            let fits = |layer: &Layer| layer.size_bytes <= disk_bytes && layer.parent_created_s == below;
-            let Some(layer) = layer.filter(fits) else { return Ok(index) };
-            below = Some(layer.created_s);
+            let fits = |layer: &Layer| {
+                // One that stands on the image alone has the steps before it in itself.
+                let stands = layer.parent.is_none() || below.is_some() && layer.parent_created_s == below;
+                layer.size_bytes <= disk_bytes && stands
+            };
+            below = self.get(key)?.filter(fits).map(|layer| layer.created_s);
+            if below.is_some() {
+                count = index + 1;
+            }
         }
-        Ok(keys.len())
+        Ok(count)
     }
 
     /// Takes the right to make a layer, which is held as long as the file is open. Waits for whoever has it.
@@ -334,6 +339,14 @@ mod tests {
         assert_eq!([100, 60, 40].map(|size| store.present(&keys, size).unwrap()), [2, 1, 0]);
         make(1, 60);
         assert_eq!(store.present(&keys, 60).unwrap(), 2, "made again for smaller disks");
+        let whole = home.path().join("disk");
+        fs::write(&whole, "disk").unwrap();
+        let alone = steps(&["one", "other"]);
+        store.remove(&keys[0]).unwrap();
+        store.add(&alone[1], &Layer::new("s/other", "tiny-1", None, 50), &whole).unwrap();
+        assert_eq!([50, 40].map(|size| store.present(&alone, size).unwrap()), [2, 0], "it stands on the image");
+        store.remove(&alone[1]).unwrap();
+        make(0, 50);
 
         let layers = home.path().join("lab/layers");
         store.link(&keys[1], &layers).unwrap();

@@ -1,13 +1,15 @@
 //! The lab command: from a labfile to a running lab.
 //!
 //! - `labfile`: the file, its errors, and the topology it means; `stack`: definitions of stacks
-//! - `plan`, `actions`: what has to be done, as data, and what does it; `bundle`: files for stacks that download nothing
+//! - `plan`, `actions`: what has to be done, as data, and what does it; `bundle`: files for stacks that download nothing;
+//!   `bake`: steps run on an image's files, without a node
 //! - `host`: the machine that labs run on: this one, or an emulated one
 //! - `snapshot`: the running lab saved, restored, forked, exported; `lockfile`: what a lab was brought up from
 //! - `commands`: one verb a file; `cli`: their arguments
 //! - the rest is what those share: paths, locks, processes, the channel into nodes, progress
 
 pub mod actions;
+pub mod bake;
 pub mod bundle;
 pub mod capacity;
 pub mod channel;

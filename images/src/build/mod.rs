@@ -6,7 +6,7 @@ mod overlay;
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Read, Write},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{SystemTime, UNIX_EPOCH},
@@ -29,6 +29,29 @@ const ASSEMBLE: &str = include_str!("assemble.sh");
 const FINISH: &str = include_str!("finish.sh");
 /// Name of the root disk's file.
 pub(crate) const ROOT: &str = "root.img";
+/// Name of the archive with the root file system's files, a tar packed by zstd.
+pub(crate) const FILES: &str = "root.tar.zst";
+/// How hard the archive is packed: as fast as it goes.
+const FILES_LEVEL: i32 = 1;
+/// How an ext4 file system of a node is made, before its folder, its image and its size in bytes: nothing is left for the
+/// kernel to initialise at its first mount.
+pub const MKE2FS: &[&str] = &[
+    "-q",
+    "-F",
+    "-t",
+    "ext4",
+    "-T",
+    "default",
+    "-b",
+    "4096",
+    "-L",
+    "lab-root",
+    "-m",
+    "1",
+    "-E",
+    "lazy_itable_init=0,lazy_journal_init=0",
+    "-d",
+];
 
 /// Why an image could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +161,7 @@ fn boot_files(package: &KernelPackage, out: &Path) -> Result<(), Error> {
     write("initrd", initramfs::node_initramfs(read(&package.busybox)?, &package.modules_dir)?)
 }
 
-/// Make the root file system's image; returns the packages in it.
+/// Make the root file system's image, and beside it the archive of its files; returns the packages in it.
 fn root(
     definition: &Definition,
     kernel: &KernelPackage,
@@ -195,23 +218,34 @@ fn root(
     // mke2fs is often in a folder that is not on a user's PATH.
     let path = std::env::var("PATH").unwrap_or_default();
     assemble.env("PATH", format!("{path}:/usr/sbin:/sbin"));
-    assemble.args(["-c", ASSEMBLE, "sh", &format!("{}M", definition.size_mib)]);
-    assemble.stdout(file).stderr(log(&logs[1])?);
+    assemble.args(["-c", ASSEMBLE, "sh", &format!("{}M", definition.size_mib)]).args(MKE2FS);
+    assemble.stdin(Stdio::piped()).stdout(file).stderr(log(&logs[1])?);
+    let archive = image.with_file_name(FILES);
+    let files = File::create(&archive).map_err(io_error("write", &archive))?;
 
     let start = |command: &mut Command| {
         command.spawn().map_err(|source| command::start_error(command.get_program(), source))
     };
     let mut producer = start(&mut mmdebstrap)?;
-    match producer.stdout.take() {
-        Some(tar) => assemble.stdin(tar),
-        None => assemble.stdin(Stdio::null()),
-    };
     let consumer = start(&mut assemble);
-    // The command holds the pipe's end, too: closed, so that mmdebstrap is not left writing to nobody.
-    drop(assemble);
+    let tar = producer.stdout.take();
+    // Without a consumer the pipe is closed all the same, so that mmdebstrap is not left writing to nobody.
+    let (mut consumer, kept) = match consumer {
+        Ok(mut consumer) => {
+            let kept = tar.zip(consumer.stdin.take()).map_or(Ok(()), |(tar, to)| pass_on(tar, to, files));
+            (Ok(consumer), kept)
+        }
+        Err(error) => {
+            drop(tar);
+            (Err(error), Ok(()))
+        }
+    };
     let made = finish(&mut producer, "mmdebstrap", &logs[0]);
-    let mut consumer = consumer?;
-    let packed = finish(&mut consumer, "mke2fs", &logs[1]);
+    let packed = match &mut consumer {
+        Ok(consumer) => finish(consumer, "mke2fs", &logs[1]),
+        Err(_) => Ok(()),
+    };
+    consumer?;
     // Whoever failed first has the better reason: a consumer that ends makes mmdebstrap fail with a broken pipe.
     if let Err(command::Error::Failed { output, .. }) = &packed {
         if output.contains("Could not allocate block") || output.contains("too small") {
@@ -224,11 +258,31 @@ fn root(
     }
     made.map_err(|error| archive::explain(error, &definition.suite))?;
     packed?;
+    kept.map_err(io_error("write", &archive))?;
     let file = File::open(image).map_err(io_error("open", image))?;
     rustix::fs::fchmod(&file, rustix::fs::Mode::from_raw_mode(0o644))
         .map_err(|error| io_error("write", image)(error.into()))?;
     let text = fs::read_to_string(&list).map_err(io_error("read", &list))?;
     Ok(text.lines().filter_map(package_line).collect())
+}
+
+/// Gives an archive to the program that makes an image of it, and keeps it packed. A program that takes no more has its
+/// reasons, which its status tells.
+fn pass_on(mut tar: impl Read, mut to: impl Write, kept: File) -> io::Result<()> {
+    let mut kept = zstd::Encoder::new(kept, FILES_LEVEL)?;
+    let mut piece = vec![0; 256 << 10];
+    loop {
+        let length = tar.read(&mut piece)?;
+        let bytes = piece.get(..length).unwrap_or_default();
+        if bytes.is_empty() {
+            kept.finish()?.sync_all()?;
+            return Ok(());
+        }
+        if to.write_all(bytes).is_err() {
+            return Ok(());
+        }
+        kept.write_all(bytes)?;
+    }
 }
 
 /// `NAME VERSION`, or the name of a .deb file as apt writes it: `NAME_VERSION_ARCHITECTURE.deb`.
@@ -271,6 +325,20 @@ mod tests {
     }
 
     #[test]
+    fn an_archive_is_passed_on_and_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILES);
+        let tar: Vec<u8> = (0..700_000u32).map(|at| (at % 251) as u8).collect();
+        let mut passed = Vec::new();
+        pass_on(tar.as_slice(), &mut passed, File::create(&path).unwrap()).unwrap();
+        assert_eq!(passed, tar);
+        assert_eq!(zstd::decode_all(File::open(&path).unwrap()).unwrap(), tar);
+        // Who takes no more ends it.
+        let mut room = [0; 10];
+        pass_on(tar.as_slice(), room.as_mut_slice(), File::create(&path).unwrap()).unwrap();
+    }
+
+    #[test]
     fn a_file_system_is_made_of_an_archive() {
         let folder = tempfile::tempdir().unwrap();
         let tree = folder.path().join("tree");
@@ -278,9 +346,9 @@ mod tests {
         fs::write(tree.join("etc/motd"), "hello").unwrap();
         let image = folder.path().join("image");
         let shell = |size: &str| {
-            let tar = format!("tar -C {} -c . | sh -c \"$1\" sh {size} >{}", tree.display(), image.display());
+            let tar = format!("tar -C {} -c . | sh -c \"$1\" sh {size} \"${{@:2}}\" >{}", tree.display(), image.display());
             let mut command = Command::new("bash");
-            command.args(["-o", "pipefail", "-c", &tar, "bash", ASSEMBLE]).env("TMPDIR", folder.path());
+            command.args(["-o", "pipefail", "-c", &tar, "bash", ASSEMBLE]).args(MKE2FS).env("TMPDIR", folder.path());
             command::run(command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap())))
         };
         shell("16M").unwrap();

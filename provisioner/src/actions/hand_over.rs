@@ -2,7 +2,7 @@
 //! `$LAB_STEP`, only while the script runs. What one step gives and another takes is kept on this machine, in the lab's
 //! folder `secrets/`, for this user alone: it may be a key.
 
-use std::path::PathBuf;
+use std::{io::Seek, path::PathBuf};
 
 use super::{Error, script::Script};
 use crate::{
@@ -91,6 +91,36 @@ pub(super) fn before(lab: &Lab, script: &Script, task: &Task) -> Result<(), Erro
         passed(name, channel.feed(&put(name), file, limit)?)?;
     }
     Ok(())
+}
+
+/// The files that a baked script finds, as one tar archive in a file of no name.
+///
+/// # Errors
+/// A file of a bundle is not what the bundle says, or there is no room.
+pub(super) fn archive(script: &Script) -> Result<Option<std::fs::File>, Error> {
+    let hands = &script.hands;
+    if hands.are_empty() {
+        return Ok(None);
+    }
+    let what = "the files that it takes along";
+    let failed = |error: std::io::Error| Error::HandOver {
+        step: script.name.clone(),
+        what: what.into(),
+        reason: error.to_string(),
+        lost: false,
+    };
+    let file = tempfile::tempfile_in("/var/tmp").map_err(failed)?;
+    let mut archive = tar::Builder::new(&file);
+    enclosed::append(&hands.files, &mut archive).map_err(failed)?;
+    for bundled in &hands.bundle {
+        let mut header = tar::Header::new_gnu();
+        let content = bundled.open()?;
+        header.set_size(content.metadata().map_err(failed)?.len());
+        header.set_mode(0o600);
+        archive.append_data(&mut header, &bundled.name, content).map_err(failed)?;
+    }
+    archive.into_inner().and_then(|mut file| file.rewind()).map_err(failed)?;
+    Ok(Some(file))
 }
 
 /// Takes what the script leaves, and removes the node's folder.

@@ -14,9 +14,9 @@ use crate::{
 };
 
 /// Name of the node that a layer is made in.
-const NODE: &str = "build";
+pub(super) const NODE: &str = "build";
 /// How much longer than its step a layer may take, in seconds, with KVM: for boot and power off.
-const BESIDE_S: u32 = 300;
+pub(super) const BESIDE_S: u32 = 300;
 
 /// Makes the layer of the last of these steps.
 pub struct Layer {
@@ -42,7 +42,7 @@ pub fn of_node(lab: &Lab, node: &Node) -> Result<Vec<(String, String)>, Error> {
 
 impl Layer {
     /// The nodes that need it: they have no disk yet.
-    fn users(&self, lab: &Lab) -> Result<Vec<&Node>, Error> {
+    pub(super) fn users(&self, lab: &Lab) -> Result<Vec<&Node>, Error> {
         let mut users = Vec::new();
         for node in &self.nodes {
             if lab.record_of(&node.name)?.is_none() {
@@ -144,29 +144,32 @@ impl Action for Layer {
         if lab.offline {
             return Err(Error::Offline(format!("what `{}` has made of {}", self.describe(), first.image)));
         }
-        let most = |of: fn(&Node) -> u64| users.iter().map(|node| of(node)).max().unwrap_or(0);
-        let node = Node {
-            name: NODE.into(),
-            role: NODE.into(),
-            cpus: users.iter().map(|node| node.cpus).max().unwrap_or(1),
-            memory_mib: most(|node| node.memory_mib),
-            // All of them can stand on it.
-            disk_bytes: smallest(&users, &manifest),
-            extra_disks_bytes: Vec::new(),
-            forwards: Vec::new(),
-            ..(*first).clone()
-        };
-        self.make(lab, &node, &keys, &image::folder(&manifest), task)
+        self.make(lab, &build_node(first, &users, &manifest), &keys, &image::folder(&manifest), task)
+    }
+}
+
+/// The node that a layer is made in, for nodes of which this is one.
+pub(super) fn build_node(first: &Node, users: &[&Node], manifest: &Manifest) -> Node {
+    Node {
+        name: NODE.into(),
+        role: NODE.into(),
+        cpus: users.iter().map(|node| node.cpus).max().unwrap_or(1),
+        memory_mib: users.iter().map(|node| node.memory_mib).max().unwrap_or(0),
+        // All of them can stand on it.
+        disk_bytes: smallest(users, manifest),
+        extra_disks_bytes: Vec::new(),
+        forwards: Vec::new(),
+        ..first.clone()
     }
 }
 
 /// Size in bytes of the smallest disk that one of these nodes has: as large as what the image has in it, at least.
-fn smallest(users: &[&Node], manifest: &Manifest) -> u64 {
+pub(super) fn smallest(users: &[&Node], manifest: &Manifest) -> u64 {
     users.iter().map(|node| node.disk_bytes).min().unwrap_or(0).max(manifest.root_bytes)
 }
 
 /// The lab that a layer is made in: its processes end with this command, whatever ends that.
-fn build_lab(lab: &Lab, node: &Node, key: &str) -> Result<Lab, Error> {
+pub(super) fn build_lab(lab: &Lab, node: &Node, key: &str) -> Result<Lab, Error> {
     let topology = Topology {
         // No lab has such a name, and none is listed under it.
         name: format!(".build-{}", key.get(..12).unwrap_or(key)),
@@ -184,7 +187,7 @@ fn build_lab(lab: &Lab, node: &Node, key: &str) -> Result<Lab, Error> {
 }
 
 /// Removes the lab that a layer was made in, or what is left of one.
-fn clear(build: &Lab, task: &Task) -> Result<(), Error> {
+pub(super) fn clear(build: &Lab, task: &Task) -> Result<(), Error> {
     machine::power_off(build, NODE, true, task)?;
     machine::stop_network(build)?;
     for dir in [&build.dirs.sockets, &build.dirs.dir] {

@@ -1,6 +1,7 @@
 //! Actions: what a plan is made of. Each does one thing, and nothing where that thing is so already.
 
 mod boot;
+mod chroot;
 mod cloud_init;
 mod disk;
 mod hand_over;
@@ -14,6 +15,7 @@ mod steps;
 use std::path::PathBuf;
 
 pub use boot::Boot;
+pub use chroot::bake as bake_without_nodes;
 pub use disk::{Disk, file_name as disk_file, fresh as fresh_disk, random_id};
 pub use hand_over::kept as given_file;
 pub use image::{Image, folder as image_folder};

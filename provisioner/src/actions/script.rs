@@ -32,6 +32,8 @@ pub struct Script {
     pub environment: Vec<(String, String)>,
     /// Whether its result is kept in a layer, for nodes that are made later.
     pub baked: bool,
+    /// Whether it may be baked on the image's files, without a node.
+    pub chroot: bool,
     /// How long it may take, with KVM.
     pub limit_s: u32,
     /// A shell condition that must come true after it, and how long that may take, with KVM.

@@ -115,6 +115,10 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         if locked {
             lockfile::check(&lab)?;
         }
+        let fresh = matches!(cli.command, Command::Up { fresh: true, .. } | Command::Bundle { .. });
+        if fresh || lab.dirs.state().exists() || !snapshot::kept::is_there(&lab) {
+            actions::bake_without_nodes(&lab)?;
+        }
     }
     if let Command::Forward { action: Some(ForwardAction::Add { node, forward }) } = &cli.command {
         let ip = context.existing()?.node(node)?.ip;

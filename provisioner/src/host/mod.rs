@@ -10,7 +10,7 @@ pub mod probe;
 
 use std::{env, ffi::OsString, path::Path, process::ExitCode};
 
-use crate::{paths::Paths, say::say};
+use crate::{bake, paths::Paths, say::say};
 
 /// Why there is no host for labs.
 #[derive(Debug, thiserror::Error)]
@@ -66,7 +66,7 @@ pub fn choose(forced: Option<&str>) -> Result<Choice, Error> {
     }
 }
 
-/// Runs this process as a part of the emulated host, if that is what it was started for.
+/// Runs this process as a part of the emulated host or of a bake, if that is what it was started for.
 pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
     let arguments: Vec<OsString> = arguments.into_iter().skip(1).take(2).collect();
     let (verb, argument) = (arguments.first()?.to_str()?, arguments.get(1).map(Path::new));
@@ -80,6 +80,7 @@ pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCod
         ("host-order", Some(order)) => {
             emulated::orders::order(&order.to_string_lossy()).map(|()| 0).map_err(|error| error.to_string())
         }
+        (_, None) => bake::internal(arguments.first()?)?,
         _ => return None,
     };
     Some(match result {

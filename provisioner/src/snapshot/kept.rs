@@ -32,6 +32,11 @@ pub enum Found {
     There,
 }
 
+/// Whether something was kept of a lab of this name.
+pub fn is_there(lab: &Lab) -> bool {
+    kept(lab).join("key.json").exists()
+}
+
 /// Puts what was kept of this lab into its folder, which has nothing yet.
 pub fn bring_back(lab: &Lab) -> Result<Found, Error> {
     let kept = kept(lab);

@@ -82,6 +82,10 @@ pub struct StepTable {
     /// by `lab destroy NODE`, on the nodes that stay. `run`: all else.
     #[schemars(required, extend("examples" = ["bake"]))]
     pub kind: Option<At<Kind>>,
+    /// Of a step that is baked, by one of lab's own stacks: it installs packages and changes files, and needs no service that
+    /// runs. Where nodes are slow it is run on the image's files, without a node.
+    #[schemars(extend("default" = false))]
+    pub chroot: Option<At<bool>>,
     /// The script's file, in the stack's folder.
     #[schemars(required, extend("examples" = ["install.sh"]))]
     pub script: Option<At<String>>,

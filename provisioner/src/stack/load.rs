@@ -102,7 +102,7 @@ fn checked(
         report.error(None, "source", "the stack has no source".to_owned(), help);
     }
     let options = options(file, &sources, report);
-    let steps = steps(file, &sources, &roles, script, report);
+    let steps = steps(file, folder.is_none(), &sources, &roles, script, report);
     let ports = file.port.iter().enumerate().filter_map(|(index, table)| {
         let port = table.get();
         let on = target(port.on.as_ref(), &roles, &format!("port[{index}].on"), report);
@@ -143,6 +143,7 @@ fn options(file: &File, sources: &[Source], report: &mut Report<'_>) -> Vec<Opti
 
 fn steps(
     file: &File,
+    own: bool,
     sources: &[Source],
     roles: &[String],
     script: &dyn Fn(&str) -> Result<String, Diagnostics>,
@@ -168,7 +169,7 @@ fn steps(
             };
             report.error(Some(wanted.span()), &format!("{path}.after[{position}]"), message, help);
         }
-        kinds(table, &path, &steps, report);
+        kinds(table, &path, own, &steps, report);
         let names = |list: &Option<At<Vec<At<String>>>>| -> Vec<String> {
             list.iter().flat_map(|list| list.get()).map(|name| name.get().clone()).collect()
         };
@@ -181,6 +182,7 @@ fn steps(
                 on,
                 source: table.source.as_ref().map(|source| source.get().clone()),
                 kind: *kind.get(),
+                chroot: table.chroot.as_ref().is_some_and(|chroot| *chroot.get()),
                 file,
                 script: format!("{PRELUDE}{script}"),
                 ready: table.ready.as_ref().map(|ready| ready.get().clone()),
@@ -281,8 +283,14 @@ fn secrets(file: &File, steps: &[StepDef], report: &mut Report<'_>) -> Vec<Secre
     secrets
 }
 
-/// What is baked comes first and waits for nothing: its result has to be the same wherever it is made.
-fn kinds(table: &StepTable, path: &str, earlier: &[StepDef], report: &mut Report<'_>) {
+/// What is baked comes first and waits for nothing: its result has to be the same wherever it is made. Of that, lab's own
+/// stacks (`own`) say what needs no node.
+fn kinds(table: &StepTable, path: &str, own: bool, earlier: &[StepDef], report: &mut Report<'_>) {
+    let baked = table.kind.as_ref().is_some_and(|kind| *kind.get() == Kind::Bake);
+    if let Some(chroot) = table.chroot.as_ref().filter(|_| !own || !baked) {
+        let message = "only steps of lab's own stacks that are baked can be run without a node".to_owned();
+        report.error(Some(chroot.span()), &format!("{path}.chroot"), message, "remove `chroot`");
+    }
     let Some(kind) = table.kind.as_ref().filter(|kind| *kind.get() == Kind::Bake) else { return };
     if let Some(run) = earlier.iter().find(|step| step.kind != Kind::Bake) {
         let message = format!("what is baked can't follow what is run: `{}`", run.name);

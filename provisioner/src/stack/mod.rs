@@ -78,6 +78,8 @@ pub struct StepDef {
     pub source: Option<String>,
     /// When it is run, and how its result is kept.
     pub kind: Kind,
+    /// Whether it may be baked on the image's files, without a node.
+    pub chroot: bool,
     /// The script's file name, for messages.
     pub file: String,
     /// Shell script for `/bin/sh -e`, as root.

@@ -1,7 +1,7 @@
 # Docker from Debian's archive. Recommended packages are left out; docker-cli is only recommended, yet needed, and
 # registries are spoken to over TLS.
 set -eu
-packages="docker.io docker-cli ca-certificates"
+packages="docker.io docker-cli ca-certificates curl"
 [ "$LAB_OPT_PLUGINS" = no ] || packages="$packages docker-buildx docker-compose"
 [ -z "$LAB_OPT_MIRROR" ] || packages="$packages jq"
 [ "$LAB_OPT_ROOTLESS" = no ] || packages="$packages rootlesskit uidmap slirp4netns dbus-user-session"

@@ -1,6 +1,6 @@
 # Docker from its own repository: https://docs.docker.com/engine/install/debian/
 set -eu
-packages="docker-ce docker-ce-cli containerd.io"
+packages="docker-ce docker-ce-cli containerd.io curl"
 [ "$LAB_OPT_PLUGINS" = no ] || packages="$packages docker-buildx-plugin docker-compose-plugin"
 [ -z "$LAB_OPT_MIRROR" ] || packages="$packages jq"
 [ "$LAB_OPT_ROOTLESS" = no ] || packages="$packages docker-ce-rootless-extras uidmap slirp4netns dbus-user-session"

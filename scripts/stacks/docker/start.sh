@@ -25,7 +25,8 @@ if [ "$LAB_OPT_ROOTLESS" = no ]; then
         docker context use default
     fi
     mirror_in /etc/docker/daemon.json
-    systemctl enable docker.service
+    # It is, unless it was rootless before; asked again, systemd would read all its units again.
+    [ -e /etc/systemd/system/multi-user.target.wants/docker.service ] || systemctl enable docker.service
     if newer /etc/docker/daemon.json /run/docker.pid; then systemctl stop docker.service; fi
     systemctl start docker.service
     exit

@@ -2,4 +2,5 @@
 set -eu
 packages docker-registry openssl skopeo
 # The lab's own configuration comes with the step `serve`.
-systemctl disable --now docker-registry.service
+systemctl disable docker-registry.service
+systemctl stop docker-registry.service

@@ -1,7 +1,29 @@
 # The node trusts the master's registry: what asks by the system's certificates, Docker, and containerd.
 set -eu
-install -m 644 "$LAB_STEP/ca.crt" /usr/local/share/ca-certificates/lab-registry.crt
-update-ca-certificates
+
+# trust NAME FILE: the system trusts this certificate, too. As update-ca-certificates(8) does it, which makes a process of
+# every other certificate for that; it is left to it where one is replaced, or where somebody wants to be told (Java does).
+trust() {
+    own=/usr/local/share/ca-certificates/$1.crt system=/etc/ssl/certs
+    if cmp -s "$2" "$own" && [ -e "$system/$1.pem" ]; then return; fi
+    replaced=no
+    [ ! -e "$own" ] || replaced=yes
+    install -m 644 "$2" "$own"
+    if [ $replaced = yes ] || [ ! -s $system/ca-certificates.crt ] || [ -n "$(ls /etc/ca-certificates/update.d 2> /dev/null)" ]; then
+        update-ca-certificates
+        return
+    fi
+    hash=$(openssl x509 -noout -hash -in "$own")
+    number=0
+    while [ -e "$system/$hash.$number" ]; do number=$((number + 1)); done
+    { cat $system/ca-certificates.crt && openssl x509 -in "$own"; } > $system/ca-certificates.crt.new
+    chmod 644 $system/ca-certificates.crt.new
+    mv $system/ca-certificates.crt.new $system/ca-certificates.crt
+    ln -sfn "$1.pem" "$system/$hash.$number"
+    ln -sfn "$own" "$system/$1.pem"
+}
+
+trust lab-registry "$LAB_STEP/ca.crt"
 
 # containerd NAME SERVER [ADDRESS]: where containerd finds what is called NAME/…, by another address than the server's.
 containerd() {

@@ -4,6 +4,7 @@
 //! Formats are never guessed: a guest writes what is in an image, and could write another format's header there.
 
 mod chain;
+mod difference;
 mod flatten;
 mod header;
 mod repair;
@@ -21,6 +22,7 @@ use imago::{FormatCreateBuilder, StorageOpenOptions, file::File as ImageFile, qc
 use crate::config::DiskFormat;
 
 pub(crate) use chain::{Chain, open, open_file};
+pub use difference::difference;
 pub use flatten::flatten;
 use header::Header;
 

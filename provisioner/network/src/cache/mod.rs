@@ -11,6 +11,7 @@ mod proxy;
 mod store;
 
 use std::{
+    net::TcpStream,
     os::{fd::OwnedFd, unix::net::UnixStream},
     path::Path,
     sync::{
@@ -44,22 +45,32 @@ impl Cache {
 
     /// Begins to serve a node's connection: gives this end of it. `None` if there are too many.
     pub fn connect(&self) -> Option<OwnedFd> {
+        let (ours, theirs) = UnixStream::pair().ok()?;
+        ours.set_nonblocking(true).ok()?;
+        self.begin(theirs).then(|| ours.into())
+    }
+
+    /// Begins to serve a connection of this machine's own network, or closes it if there are too many.
+    pub fn serve(&self, connection: TcpStream) {
+        // What is done with a stream is the same for both kinds of sockets.
+        self.begin(OwnedFd::from(connection).into());
+    }
+
+    /// Serves a connection in a thread of its own; false if there are too many.
+    fn begin(&self, connection: UnixStream) -> bool {
         if self.connections.fetch_add(1, Ordering::Relaxed) >= MAX_CONNECTIONS {
             self.connections.fetch_sub(1, Ordering::Relaxed);
-            return None;
+            return false;
         }
         // Given back however the thread ends.
         let place = Place(self.connections.clone());
-        let (ours, theirs) = UnixStream::pair().ok()?;
-        ours.set_nonblocking(true).ok()?;
         let (store, outside) = (self.store.clone(), self.outside.clone());
         let serve = move || {
             let _place = place;
             // A connection that breaks is the node's to notice.
-            let _ = proxy::serve(theirs, &store, &outside);
+            let _ = proxy::serve(connection, &store, &outside);
         };
-        std::thread::Builder::new().name("cache".into()).spawn(serve).ok()?;
-        Some(ours.into())
+        std::thread::Builder::new().name("cache".into()).spawn(serve).is_ok()
     }
 }
 

@@ -21,7 +21,7 @@ pub mod kernel;
 mod keys;
 mod line;
 pub mod machine;
-mod netlink;
+pub mod netlink;
 pub mod orders;
 mod qmp;
 mod request;
