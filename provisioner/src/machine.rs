@@ -57,6 +57,7 @@ pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), 
         && control::ask_vmm(&socket, vmm::Action::Resume).is_ok()
         && control::ask_vmm(&socket, vmm::Action::PowerButton).is_ok()
     {
+        task.detail("its power button is pressed");
         if wait_released(&lock, lab.limit(POWER_OFF_LIMIT_S)) {
             return Ok(());
         }

@@ -80,11 +80,11 @@ impl Action for Boot {
         serde_json::to_string(&(name, role, ip, mac, cpus, memory_mib)).ok()
     }
 
-    fn run(&self, lab: &Lab, _task: &Task) -> Result<(), Error> {
+    fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let name = &self.node.name;
         if self.stands_still(lab) {
             control::ask_vmm(&lab.dirs.node_socket(name, "ctl"), vmm::Action::Resume)?;
-            return Ok(snapshot::catch_up(lab, name).map_err(Box::new)?);
+            return Ok(snapshot::catch_up(lab, name, &|seen| task.detail(seen)).map_err(Box::new)?);
         }
         let dir = lab.dirs.node(name);
         // What was known of an earlier machine is void.
@@ -116,6 +116,9 @@ impl Action for Boot {
                 && status.pid == process.id()
             {
                 return Ok(());
+            }
+            if let Err(error) = &answer {
+                task.detail(&error.to_string());
             }
             // A slow host has better things to do than to ask.
             let ended = child::wait(&mut process, PAUSE * lab.patience).map_err(io("watch", &program))?;

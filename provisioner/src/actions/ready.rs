@@ -51,7 +51,8 @@ impl Action for Ready {
 
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         if behind(lab, &self.node.name).exists() {
-            return Ok(snapshot::catch_up(lab, &self.node.name).map_err(Box::new)?);
+            let seen = |seen: &str| task.detail(seen);
+            return Ok(snapshot::catch_up(lab, &self.node.name, &seen).map_err(Box::new)?);
         }
         let (manifest, _) = lab.image_of(&self.node.name)?;
         let channel = lab.channel(&self.node.name);

@@ -117,13 +117,8 @@ impl Script {
             task.detail("waiting until it is ready");
             let limit = lab.limit(*limit_s);
             let seconds = limit.as_secs();
-            // The wait runs in the node: a connection for each look would cost more than the look.
-            let wait = format!(
-                "end=$(($(date +%s) + {seconds}))\nuntil last=$( ( {condition} ) 2>&1 ); do\n\
-                 if [ $(date +%s) -ge $end ]; then printf 'last seen: %s\\n' \"$last\"; exit 1; fi\nsleep 1\ndone"
-            );
             let outcome = channel.script(
-                &wait,
+                &wait(condition, seconds),
                 &self.environment,
                 None,
                 limit + Duration::from_secs(60),
@@ -136,6 +131,20 @@ impl Script {
         }
         Ok(())
     }
+}
+
+/// A script that waits for a condition. It runs in the node, since a connection for each look would cost more than the look,
+/// and prints what was seen whenever that is something new.
+fn wait(condition: &str, seconds: u64) -> String {
+    format!(
+        r#"end=$(($(date +%s) + {seconds})) told=
+until last=$( ( {condition} ) 2>&1 ); do
+    if [ $(date +%s) -ge $end ]; then printf 'last seen: %s\n' "$last"; exit 1; fi
+    [ "$last" = "$told" ] || printf '%s\n' "$last"
+    told=$last
+    sleep 1
+done"#
+    )
 }
 
 impl Action for Script {
@@ -178,5 +187,34 @@ impl Action for Script {
         let mut records: StepRecords = json_file::read(&self.records(lab))?.unwrap_or_default();
         records.insert(self.name.clone(), self.record(lab));
         Ok(json_file::write(&self.records(lab), &records)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::fs::PermissionsExt, process::Command};
+
+    use super::*;
+
+    #[test]
+    fn what_a_wait_sees_is_told_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| {
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        write("sleep", "#!/bin/sh\n");
+        let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap());
+        let run = |seconds| {
+            write("looks", "0");
+            let condition = "n=$(cat looks); echo $((n + 1)) > looks; echo at $((n / 2)); [ $n = 5 ]";
+            let mut sh = Command::new("sh");
+            sh.args(["-e", "-c", &wait(condition, seconds)]).current_dir(dir.path()).env("PATH", &path);
+            let output = sh.output().unwrap();
+            (output.status.success(), String::from_utf8(output.stdout).unwrap())
+        };
+        assert_eq!(run(1000), (true, "at 0\nat 1\nat 2\n".into()));
+        assert_eq!(run(0), (false, "last seen: at 0\n".into()));
     }
 }

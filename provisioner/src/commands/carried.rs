@@ -137,11 +137,11 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
     // `up` goes on from wherever it was cut off, so it does: a machine that is only emulated does fall over.
     let mut tries = if matches!(cli.command, Command::Up { .. }) { UP_TRIES } else { 1 };
     let carried = loop {
-        let say = &mut |line: &str| context.progress.say(line);
-        match carry::run(&context.paths, command.clone(), wants.clone(), say) {
+        match carry::run(&context.paths, command.clone(), wants.clone(), &context.progress) {
             Err(emulated::Error::Lost(how)) if tries > 1 => {
                 tries -= 1;
-                say(&format!("the emulated host was lost{how}: going on in a new one"));
+                let line = format!("the emulated host was lost{how}: going on in a new one");
+                context.progress.say(&line);
             }
             other => break other,
         }

@@ -46,15 +46,16 @@ pub fn run(context: &Context, forced: Option<&str>, action: HostAction) -> Resul
         }
         HostAction::Stop { force } => {
             files.create().map_err(host::Error::from)?;
-            let lock = machine::lock_start(&files, false, &mut |line| context.progress.say(line));
+            let task = context.progress.begin("host", "stop the emulated host");
+            let lock = machine::lock_start(&files, false, &mut |line| task.detail(line));
             let _lock = lock.map_err(host::Error::from)?;
             let was_there = machine::stop(&files, force).map_err(host::Error::from)?;
+            drop(task);
             context.progress.say(if was_there { "the emulated host has ended" } else { "it is not running" });
         }
         HostAction::Exec { command } => {
             let command: Vec<OsString> = command.into_iter().map(Into::into).collect();
-            let say = &mut |line: &str| context.progress.say(line);
-            return match carry::run(&context.paths, command, Wants::default(), say)
+            return match carry::run(&context.paths, command, Wants::default(), &context.progress)
                 .map_err(host::Error::from)?
             {
                 Carried::Ended(status) => Ok(ExitCode::from(status)),

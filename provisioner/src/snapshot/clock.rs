@@ -16,8 +16,8 @@ pub fn will_miss(lab: &Lab, node: &str) -> Result<(), Error> {
     Ok(json_file::write_bytes(&actions::behind_marker(lab, node), b"")?)
 }
 
-/// Sets the clock of a node that went on, and marks it as ready.
-pub fn catch_up(lab: &Lab, node: &str) -> Result<(), Error> {
+/// Sets the clock of a node that went on, and marks it as ready. `seen` is told what is in the way.
+pub fn catch_up(lab: &Lab, node: &str, seen: &dyn Fn(&str)) -> Result<(), Error> {
     let limit = lab.limit(LIMIT_S);
     let end = Instant::now() + limit;
     let channel = lab.channel(node);
@@ -39,7 +39,10 @@ pub fn catch_up(lab: &Lab, node: &str) -> Result<(), Error> {
                 return Err(channel::Error::Unreachable { node: node.into(), reason }.into());
             }
             // The connection of another life: the guest has just forgotten it.
-            Err(_) => std::thread::park_timeout(Duration::from_millis(100)),
+            Err(reason) => {
+                seen(&reason);
+                std::thread::park_timeout(Duration::from_millis(100));
+            }
         }
     }
 }

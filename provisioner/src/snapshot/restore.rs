@@ -57,7 +57,7 @@ pub fn restore(lab: &mut Lab, name: &str, task: &Task) -> Result<(), Error> {
     }
     task.detail("resume");
     each(&running, |node| Ok(control::ask_vmm(&lab.dirs.node_socket(node, "ctl"), vmm::Action::Resume)?))?;
-    each(&running, |node| clock::catch_up(lab, node))?;
+    each(&running, |node| clock::catch_up(lab, node, &|seen| task.detail(seen)))?;
     Ok(())
 }
 

@@ -65,13 +65,13 @@ pub(super) fn take(lab: &Lab, name: &str, go_on: bool, task: &Task) -> Result<()
             // Room for what has to go on. What can't be removed goes with the next try.
             drop(clear(&partial));
             drop(layers::prune(lab));
-            drop(each(&running, |node| clock::catch_up(lab, node)));
+            drop(each(&running, |node| clock::catch_up(lab, node, &|seen| task.detail(seen))));
             return Err(error);
         }
     };
     resumed?;
     if go_on {
-        each(&running, |node| clock::catch_up(lab, node))?;
+        each(&running, |node| clock::catch_up(lab, node, &|seen| task.detail(seen)))?;
     }
     task.detail("sync");
     each(&running, |node| sync(&partial.join(node)))?;

@@ -31,7 +31,7 @@ use super::{
     ssh,
     supervisor::die_with_us,
 };
-use crate::{lock, paths::Paths};
+use crate::{lock, paths::Paths, progress::Progress};
 
 /// File that counts reports, below `LAB_HOME/host`; only touched from inside.
 pub const SEQUENCE: &str = "report.sequence";
@@ -64,15 +64,22 @@ pub fn run(
     paths: &Paths,
     command: Vec<OsString>,
     wants: Wants,
-    say: &mut dyn FnMut(&str),
+    progress: &Progress,
 ) -> Result<Carried, Error> {
     let files = Files::new(paths);
     files.create()?;
+    // A line that stays, and a task until the next one: each may take minutes.
+    let mut task = None;
+    let say = &mut |line: &str| {
+        progress.say(line);
+        task = Some(progress.begin("host", line));
+    };
     let start = machine::lock_start(&files, !wants.start && machine::status(&files) == Status::Stopped, say)?;
     if !wants.start && machine::status(&files) == Status::Stopped {
         return Ok(Carried::Here(start));
     }
     let state = machine::ensure(&files, paths, false, say)?;
+    drop(task);
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && io::stderr().is_terminal();
     let line = Line::new()?;
     let mut request = Request::new(&files, command, line.port, line.token.clone())?;
