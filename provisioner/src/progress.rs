@@ -18,7 +18,7 @@ use crate::say::say;
 /// Time between two lines about something that goes on, where there is no terminal.
 const INTERVAL: Duration = Duration::from_secs(30);
 /// How many characters of a detail are shown on a terminal, and elsewhere.
-const SHOWN: [usize; 2] = [60, 160];
+const SHOWN: [usize; 2] = [60, 200];
 
 /// Where progress is told.
 #[derive(Clone)]
