@@ -2,7 +2,12 @@
 //! programs that would change something are stand-ins that write down how they are called.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
 
 use lab_tests::{output, repository, text};
 
@@ -30,24 +35,81 @@ impl Node {
         self.root.path().join(below)
     }
 
-    /// Runs a script of the stack kubernetes with these options and facts; how programs were called.
-    fn run(&self, script: &str, variables: &[(&str, &str)]) -> String {
+    /// Runs a script of the stack kubernetes with these options and facts.
+    fn try_run(&self, script: &str, variables: &[(&str, &str)]) -> Output {
         let read = |below: &str| fs::read_to_string(repository().join("scripts/stacks").join(below)).unwrap();
         let whole = read("prelude.sh") + &read(&format!("kubernetes/{script}"));
         let root = self.root.path().display();
-        let moved = ["/etc/", "/usr/local/", "/root/", "/var/lib/"]
+        let moved = ["/etc/", "/usr/local/", "/root/", "/var/lib/", "/var/log/"]
             .iter()
             .fold(whole, |text, path| text.replace(path, &format!("{root}{path}")))
             .replace("/usr/lib/apt/apt-helper", "apt-helper");
-        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
         fs::write(self.path("script"), moved).unwrap();
-        let mut command = Command::new("sh");
-        command.arg(self.path("script")).env("PATH", path).env("LAB_STEP", self.path("step"));
-        command.envs(variables.iter().copied());
-        let output = output(command, b"");
+        let mut command = self.command(Path::new("sh"));
+        command.arg(self.path("script")).envs(variables.iter().copied());
+        output(command, b"")
+    }
+
+    /// The same of one that succeeds; how programs were called.
+    fn run(&self, script: &str, variables: &[(&str, &str)]) -> String {
+        let output = self.try_run(script, variables);
         assert!(output.status.success(), "{}", text(&output));
+        self.calls()
+    }
+
+    /// A program that finds the stand-ins.
+    fn command(&self, program: &Path) -> Command {
+        let path = format!("{}:{}", self.path("bin").display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new(program);
+        command.env("PATH", path).env("LAB_STEP", self.path("step"));
+        command
+    }
+
+    fn calls(&self) -> String {
         fs::read_to_string(self.path("calls")).unwrap()
     }
+}
+
+/// Facts and options that the step `init` is given.
+fn init(patience: &str) -> [(&str, &str); 6] {
+    [
+        ("LAB_OPT_NETWORK", "bridge"),
+        ("LAB_OPT_POD_NETWORK", "10.244.0.0/16"),
+        ("LAB_PATIENCE", patience),
+        ("LAB_IP", "192.168.60.10"),
+        ("LAB_NODE", "master"),
+        ("LAB_NAME", "test"),
+    ]
+}
+
+/// A master for the step `init` of this version of Kubernetes. `answer` is what curl does when the API server is asked for
+/// the `$number`th time, from 0 on: its answer goes to the file `$said`, its logs are below `$pods`.
+fn master(version: &str, answer: &str) -> Node {
+    let kubeadm =
+        format!("case $1 in version) echo {version} ;; token) echo abcdef.0123456789abcdef ;; esac");
+    let curl = format!(
+        r#"root=${{0%/bin/curl}}
+        pods=$root/var/log/pods
+        number=$(cat "$root/asked" 2> /dev/null || echo 0)
+        echo $((number + 1)) > "$root/asked"
+        while [ $# -gt 0 ]; do
+            [ "$1" != -o ] || said=$2
+            shift
+        done
+        {answer}"#
+    );
+    let node = Node::new(&[
+        ("kubeadm", &kubeadm),
+        ("curl", &curl),
+        ("dpkg-query", "printf installed"),
+        ("systemctl", ""),
+        ("sleep", ""),
+        ("ctr", ""),
+        ("openssl", ""),
+        ("journalctl", r#"for n in 1 2 3 4 5; do echo "E1129 1$n] node \"master\" not found"; done"#),
+    ]);
+    fs::write(node.path("etc/kubernetes/admin.conf"), "").unwrap();
+    node
 }
 
 /// kubeadm refuses `--patches` beside `--config` from 1.23 on, and knows it from 1.22 on:
@@ -57,27 +119,8 @@ fn kubeadm_finds_patches_where_its_version_looks() {
     for (version, api, flag) in
         [("v1.20.2", "v1beta2", true), ("v1.30.0", "v1beta3", false), ("v1.36.1", "v1beta4", false)]
     {
-        let kubeadm =
-            format!("case $1 in version) echo {version} ;; token) echo abcdef.0123456789abcdef ;; esac");
-        let node = Node::new(&[
-            ("kubeadm", &kubeadm),
-            ("kubectl", "echo ok"),
-            ("systemctl", ""),
-            ("ctr", ""),
-            ("openssl", ""),
-        ]);
-        fs::write(node.path("etc/kubernetes/admin.conf"), "").unwrap();
-        let calls = node.run(
-            "init.sh",
-            &[
-                ("LAB_OPT_NETWORK", "bridge"),
-                ("LAB_OPT_POD_NETWORK", "10.244.0.0/16"),
-                ("LAB_PATIENCE", "5"),
-                ("LAB_IP", "192.168.60.10"),
-                ("LAB_NODE", "master"),
-                ("LAB_NAME", "test"),
-            ],
-        );
+        let node = master(version, "printf ok > \"$said\"");
+        let calls = node.run("init.sh", &init("5"));
         let config = fs::read_to_string(node.path("etc/kubernetes/lab/config.yaml")).unwrap();
         assert!(config.contains(&format!("apiVersion: kubeadm.k8s.io/{api}\nkind: InitConfiguration")));
         let folder = node.path("etc/kubernetes/lab/patches");
@@ -87,6 +130,175 @@ fn kubeadm_finds_patches_where_its_version_looks() {
         assert!(phases.iter().all(|call| call.contains("--config")), "{calls}");
         assert_eq!(phases.iter().filter(|call| call.contains("patches ")).count(), if flag { 4 } else { 0 });
         assert!(folder.join("etcd+strategic.yaml").exists());
+    }
+}
+
+/// What serves in the end was waited for in words, and had the processors to itself where they are slow.
+#[test]
+fn an_api_server_is_waited_for() {
+    let answer = r#"logs=$pods/kube-system_kube-apiserver-master_2/kube-apiserver
+        case $number in
+            0) : > "$logs/10.log"
+               printf '[+]ping ok\n[-]etcd failed: withheld\n[-]poststarthook/x failed: withheld\nfailed\n' > "$said"
+               echo 'curl: (22) error: 500' >&2
+               printf 0.512345
+               exit 22 ;;
+            1) : > "$logs/11.log"
+               echo 'curl: (7) refused' >&2
+               printf 0.000000
+               exit 7 ;;
+            *) printf ok > "$said"
+               printf 12.345678 ;;
+        esac"#;
+    for (patience, slow) in [("8", true), ("1", false)] {
+        let node = master("v1.36.1", answer);
+        // Starts of an earlier life are none of this one.
+        let earlier = node.path("var/log/pods/kube-system_kube-apiserver-master_2/kube-apiserver");
+        fs::create_dir_all(&earlier).unwrap();
+        for log in ["8.log", "9.log", "9.log.20261129-180000"] {
+            fs::write(earlier.join(log), "").unwrap();
+        }
+        let output = node.try_run("init.sh", &init(patience));
+        let said = text(&output);
+        assert!(output.status.success(), "{said}");
+        for line in [
+            " s, started once, a TLS handshake takes 0.51 s; last seen: not done yet: etcd poststarthook/x\n",
+            " s, started 2 times; last seen: curl: (7) refused\n",
+            " s, started 2 times, a TLS handshake takes 12.34 s\n",
+        ] {
+            assert!(said.contains(line), "{line}{said}");
+        }
+        let calls = node.calls();
+        let weights = |weight| {
+            ["system.slice", "user.slice"]
+                .map(|slice| format!("systemctl set-property --runtime {slice} CPUWeight={weight}\n"))
+                .concat()
+        };
+        let (before, after) = calls.split_once("curl ").unwrap();
+        let (asking, after) = after.rsplit_once("curl ").unwrap();
+        assert_eq!(before.ends_with(&weights(2)), slow, "{calls}");
+        assert_eq!(after.split_once('\n').unwrap().1.starts_with(&weights(100)), slow, "{calls}");
+        assert_eq!(calls.matches("CPUWeight").count(), if slow { 4 } else { 0 }, "{calls}");
+        assert_eq!(asking.matches("curl ").count(), 1, "{calls}");
+        assert!(before.contains("kubelet-start"), "{calls}");
+    }
+}
+
+/// An API server that ends again and again is given up, with what it said last and not what lies around it.
+#[test]
+fn the_last_words_are_those_of_the_part_that_failed() {
+    let answer = r#"logs=$pods/kube-system_kube-apiserver-master_2/kube-apiserver
+        mkdir -p "$logs" "$pods/kube-system_etcd-master_3/etcd"
+        printf '2026-11-29T18:00:00.1Z stderr F %s\n' \
+            'I1129 18:00:00.1 1 x.go:1] all is well' \
+            "F1129 18:00:00.1 1 controller.go:161] Unable to do it: handshake $number" \
+            'goroutine 1 [running]:' '	x.go:1' > "$logs/$number.log"
+        printf '2026-11-29T18:00:00.1Z stderr F %s\n' 'a first line' 'no space left' \
+            > "$pods/kube-system_etcd-master_3/etcd/0.log"
+        echo 'curl: (7) refused' >&2
+        exit 7"#;
+    let node = master("v1.20.2", answer);
+    let output = node.try_run("init.sh", &init("8"));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let words = "kubelet: E1129 14] node \"master\" not found
+kubelet: E1129 15] node \"master\" not found
+etcd: a first line
+etcd: no space left
+kube-apiserver: F1129 18:00:00.1 1 controller.go:161] Unable to do it: handshake 4
+kube-apiserver: F1129 18:00:00.1 1 controller.go:161] Unable to do it: handshake 5
+the API server has ended 5 times in ";
+    let last = said.find(words).unwrap_or_else(|| panic!("{said}"));
+    // All of it is among the lines that `lab` shows.
+    assert!(
+        said[last..].lines().count() <= 12 && said.ends_with(" s; last seen: curl: (7) refused\n"),
+        "{said}"
+    );
+    let calls = node.calls();
+    assert_eq!(calls.matches("curl ").count(), 6, "{calls}");
+    assert!(calls.ends_with("user.slice CPUWeight=100\n"), "{calls}");
+    assert!(!calls.contains("controller-manager --config"), "{calls}");
+}
+
+/// The same of one that was never started, at the limit.
+#[test]
+fn what_was_not_started_has_no_last_words() {
+    let node = master("v1.36.1", "echo 'curl: (7) refused' >&2; exit 7");
+    let output = node.try_run("init.sh", &init("0"));
+    assert_eq!(output.status.code(), Some(1), "{}", text(&output));
+    let said = String::from_utf8(output.stdout).unwrap();
+    let words = "etcd: there is no log of it: it was not started
+kube-apiserver: there is no log of it: it was not started
+the API server does not serve within 0 s; last seen: curl: (7) refused\n";
+    assert!(said.ends_with(words), "{said}");
+}
+
+/// The control plane at boot, and a connection that is cut off while it is waited for.
+#[test]
+fn the_api_server_is_first_at_boot() {
+    let node = master("v1.36.1", "[ -e \"$root/down\" ] || printf ok > \"$said\"");
+    node.run("init.sh", &init("8"));
+    let manifests = node.path("etc/kubernetes/manifests");
+    fs::create_dir_all(&manifests).unwrap();
+    let all = ["etcd.yaml", "kube-apiserver.yaml", "kube-controller-manager.yaml", "kube-scheduler.yaml"];
+    for name in all {
+        fs::write(manifests.join(name), name).unwrap();
+    }
+    let there = || {
+        let mut names: Vec<_> =
+            fs::read_dir(&manifests).unwrap().map(|file| file.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let unit = fs::read_to_string(node.path("etc/systemd/system/lab-control-plane.service")).unwrap();
+    let run = |key: &str| {
+        let line = unit.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        let mut words = line.split(' ');
+        let mut command = node.command(Path::new(words.next().unwrap()));
+        command.args(words);
+        fs::write(node.path("calls"), "").unwrap();
+        let output = output(command, b"");
+        assert!(output.status.success(), "{}", text(&output));
+        node.calls()
+    };
+    assert_eq!(run("ExecStartPre="), "");
+    assert_eq!(there(), all[..2]);
+    let calls = run("ExecStart=");
+    assert_eq!(there(), all);
+    let (before, after) = calls.split_once("curl ").unwrap();
+    assert!(before.ends_with("user.slice CPUWeight=2\n"), "{calls}");
+    assert!(after.ends_with("user.slice CPUWeight=100\n"), "{calls}");
+
+    fs::write(node.path("down"), "").unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut wait = node.command(&node.path("usr/local/sbin/lab-control-plane"));
+    assert!(!wait.args(["wait", "9", "0", "2"]).stdout(writer).status().unwrap().success());
+    assert!(node.calls().ends_with("user.slice CPUWeight=100\n"), "{}", node.calls());
+}
+
+/// What a kubelet says many times a second while it waits is no work for the journal, where that costs something.
+#[test]
+fn a_kubelet_says_less_on_a_slow_node() {
+    for (patience, less) in [("8", true), ("1", false)] {
+        let node = Node::new(&[
+            (
+                "kubeadm",
+                "case $1 in version) echo v1.36.1 ;; config) echo registry.k8s.io/pause:3.10 ;; esac",
+            ),
+            ("systemctl", ""),
+            ("modprobe", ""),
+            ("sysctl", ""),
+        ]);
+        for folder in ["default", "modules-load.d", "sysctl.d"] {
+            fs::create_dir_all(node.path("etc").join(folder)).unwrap();
+        }
+        let facts = [("LAB_SOURCE", "bundle"), ("LAB_IP", "192.168.60.10"), ("LAB_PATIENCE", patience)];
+        let calls = node.run("runtime.sh", &facts);
+        let unit = fs::read_to_string(node.path("etc/systemd/system/kubelet.service.d/lab.conf"));
+        let limited = "[Service]\nLogRateLimitIntervalSec=30s\nLogRateLimitBurst=20\n";
+        assert_eq!(unit.ok().as_deref(), less.then_some(limited));
+        assert!(calls.contains("systemctl daemon-reload"), "{calls}");
     }
 }
 

@@ -1,6 +1,7 @@
 # The control plane, by the phases of `kubeadm init`: each can be done again, so this goes on where it was cut off. The API
 # server starts with its store alone; the controllers, which ask it without end, when it answers.
 set -eu
+packages curl # the API server is asked by it; lab's own images have it
 export KUBECONFIG=/etc/kubernetes/admin.conf
 version=$(kubeadm version -o short)
 minor=${version#v1.}
@@ -23,9 +24,11 @@ allocate=true
 [ "$LAB_OPT_NETWORK" != bridge ] || allocate=false # nodes know their pods' addresses
 slow=no
 driver=systemd
+weight=100
 if [ "$LAB_PATIENCE" -gt 1 ]; then
     slow=yes
     driver=cgroupfs
+    weight=2
 fi
 
 only_slow() {
@@ -91,6 +94,135 @@ conntrack:
   maxPerCore: 0
 END
 
+cat > /usr/local/sbin/lab-control-plane << 'END'
+#!/bin/sh
+# Written by lab: the start of the API server.
+#   starts                      how often it was started on this node so far
+#   wait SECONDS STARTS WEIGHT  waits until it serves; STARTS is what `starts` said before
+#   hold, release WEIGHT        at boot: what asks it without end is held until it serves, or for half an hour
+# While it is waited for, all that is no container has the CPU weight WEIGHT; 100 is the kernel's own.
+set -eu
+most=5 # so often it may end before it serves
+
+# newest PART: folder and number of the last log of a part of the control plane. Each start has one, numbered from 0.
+newest() {
+    for pod in /var/log/pods/kube-system_"$1"-*/"$1"; do
+        last=-1
+        for log in "$pod"/*.log; do
+            number=${log##*/}
+            number=${number%.log}
+            case $number in *[!0-9]*) continue ;; esac
+            [ "$number" -le "$last" ] || last=$number
+        done
+        [ "$last" -lt 0 ] || echo "$pod $last"
+    done
+}
+
+starts() {
+    newest kube-apiserver | {
+        sum=0
+        while read -r _ last; do sum=$((sum + last + 1)); done
+        echo $sum
+    }
+}
+
+# Containers are in a group beside these two. The kubelet, the runtime and the journal are in the first, what runs over
+# SSH in either.
+weigh() {
+    for slice in system.slice user.slice; do
+        systemctl set-property --runtime $slice CPUWeight="$1" || true
+    done
+}
+
+# words PART COUNT: the last errors of a part's log, else its last lines.
+words() {
+    cut -c 1-300 > "$work/log"
+    grep -E '^[EF][0-9]{4} |^panic: |^[Ee]rror: |"level":"(error|dpanic|panic|fatal)"| [EC] \| ' "$work/log" \
+        > "$work/errors" || cat "$work/log" > "$work/errors"
+    [ -s "$work/errors" ] || echo "there is no log of it: it was not started" > "$work/errors"
+    tail -n "$2" "$work/errors" | sed "s,^,$1: ,"
+}
+
+# gives_up WHY: with the last words of all parts, the most telling last.
+gives_up() {
+    ctr --namespace k8s.io containers ls || true
+    journalctl -u kubelet -n 200 --no-pager -o cat | words kubelet 2
+    for part in etcd kube-apiserver; do
+        newest $part | while read -r pod last; do
+            # The last start that has ended, and the last one; without the time and the stream before each line.
+            cat "$pod/$((last - 1)).log" "$pod/$last.log" 2> /dev/null | sed 's/^[^ ]* std[a-z]* [FP] //'
+        done | words $part 3
+    done
+    echo "the API server $1; last seen: $seen"
+    exit 1
+}
+
+# serves SECONDS STARTS: waits until it does, and says every half a minute what it waits for.
+serves() {
+    begin=$(date +%s)
+    while true; do
+        : > "$work/said"
+        # One process that asks again and again: its start costs more than the question.
+        tls=$(curl -sSk --http1.1 -H 'Connection: close' --fail-with-body --max-time 30 --retry 99 --retry-delay 2 \
+            --retry-max-time 27 --retry-all-errors --retry-connrefused -o "$work/said" -w '%{time_appconnect}' \
+            https://127.0.0.1:6443/readyz 2> "$work/error") || true
+        took=$(($(date +%s) - begin))
+        started=$(($(starts) - $2))
+        told="$took s"
+        case $started in
+            0) ;;
+            1) told="$told, started once" ;;
+            *) told="$told, started $started times" ;;
+        esac
+        case $tls in
+            0.000000) ;; # it did not come to it
+            *.??????) told="$told, a TLS handshake takes ${tls%????} s" ;;
+        esac
+        if [ "$(cat "$work/said")" = ok ]; then
+            echo "the API server serves: $told"
+            return
+        fi
+        missing=
+        while read -r check _; do
+            case $check in "[-]"*) missing="$missing ${check#???}" ;; esac
+        done < "$work/said"
+        seen=$(tail -n 1 "$work/error")
+        [ -z "$missing" ] || seen="not done yet:$missing"
+        echo "waiting for the API server: $told; last seen: $seen"
+        [ $started -le $most ] || gives_up "has ended $((started - 1)) times in $took s"
+        [ $took -lt "$1" ] || gives_up "does not serve within $1 s"
+        sleep 1 # for the case that curl gave up at once
+    done
+}
+
+case $1 in
+    starts) starts ;;
+    wait)
+        weight=$4
+        work=$(mktemp -d)
+        trap 'rm -rf "$work"; [ "$weight" = 100 ] || weigh 100' EXIT
+        trap 'exit 1' HUP INT PIPE TERM
+        [ "$weight" = 100 ] || weigh "$weight"
+        serves "$2" "$3"
+        ;;
+    hold)
+        cd /etc/kubernetes
+        mkdir -p lab/later
+        for name in kube-controller-manager kube-scheduler; do
+            [ ! -e "manifests/$name.yaml" ] || mv "manifests/$name.yaml" lab/later/
+        done
+        ;;
+    release)
+        cd /etc/kubernetes
+        [ ! -e manifests/kube-apiserver.yaml ] || "$0" wait 1800 "$("$0" starts)" "$2" || true
+        for manifest in lab/later/*.yaml; do
+            [ ! -e "$manifest" ] || mv "$manifest" manifests/
+        done
+        ;;
+esac
+END
+chmod 755 /usr/local/sbin/lab-control-plane
+
 rm -f "$work/patches/"*
 if [ $slow = yes ]; then
     # Nobody is killed for being slow, and Go's collector runs less often.
@@ -109,25 +241,7 @@ END
         >> "$work/patches/kube-apiserver+strategic.yaml"
 
     # At boot, too, the API server starts with its store alone.
-    cat > /usr/local/sbin/lab-control-plane << 'END'
-#!/bin/sh -e
-# Written by lab: what asks the API server without end is held until that serves, or for half an hour.
-cd /etc/kubernetes
-mkdir -p lab/later
-if [ "$1" = hold ]; then
-    for name in kube-controller-manager kube-scheduler; do
-        [ ! -e "manifests/$name.yaml" ] || mv "manifests/$name.yaml" lab/later/
-    done
-    exit
-fi
-end=$(($(date +%s) + 1800))
-until [ "$(curl -sk --max-time 60 https://127.0.0.1:6443/readyz)" = ok ] || [ "$(date +%s)" -ge $end ]; do
-    sleep 5
-done
-mv lab/later/* manifests/
-END
-    chmod 755 /usr/local/sbin/lab-control-plane
-    cat > /etc/systemd/system/lab-control-plane.service << 'END'
+    cat > /etc/systemd/system/lab-control-plane.service << END
 [Unit]
 Description=The controllers of Kubernetes, when its API server serves
 Before=kubelet.service
@@ -135,7 +249,7 @@ Before=kubelet.service
 [Service]
 Type=exec
 ExecStartPre=/usr/local/sbin/lab-control-plane hold
-ExecStart=/usr/local/sbin/lab-control-plane release
+ExecStart=/usr/local/sbin/lab-control-plane release $weight
 
 [Install]
 WantedBy=multi-user.target
@@ -148,18 +262,9 @@ phase() {
     kubeadm init phase "$@" --config "$work/config.yaml"
 }
 
-# answers SECONDS: waits until the API server has no more to do before it serves.
+# answers STARTS: waits until the API server has no more to do before it serves.
 answers() {
-    end=$(($(date +%s) + $1))
-    until said=$(kubectl get --raw /readyz --request-timeout=30s 2>&1) && [ "$said" = ok ]; do
-        if [ "$(date +%s)" -ge $end ]; then
-            echo "the API server does not answer within $1 s; last seen: $said" >&2
-            ctr --namespace k8s.io containers ls >&2 || true
-            journalctl -u kubelet -n 20 --no-pager -o cat >&2 || true
-            exit 1
-        fi
-        sleep 2
-    done
+    /usr/local/sbin/lab-control-plane wait $((300 * LAB_PATIENCE)) "$1" $weight
 }
 
 # asks COMMAND…: what asks a busy API server may be turned away: then again, when it answers.
@@ -167,7 +272,7 @@ asks() {
     for left in 4 3 2 1 0; do
         if "$@"; then return; fi
         [ $left = 0 ] && exit 1
-        answers 300
+        answers "$(/usr/local/sbin/lab-control-plane starts)"
     done
 }
 
@@ -175,8 +280,9 @@ phase certs all
 phase kubeconfig all
 phase control-plane apiserver $patches
 phase etcd local $patches
+starts=$(/usr/local/sbin/lab-control-plane starts)
 phase kubelet-start
-answers $((300 * LAB_PATIENCE))
+answers "$starts"
 phase control-plane controller-manager $patches
 phase control-plane scheduler $patches
 asks phase upload-config all

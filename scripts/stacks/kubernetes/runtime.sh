@@ -8,6 +8,10 @@ if [ "$LAB_PATIENCE" -gt 1 ]; then
     # On emulated processors: no tree of control groups to be read every few seconds, and less housekeeping.
     systemd_groups=false
     extra="$extra --cgroups-per-qos=false --enforce-node-allocatable= --housekeeping-interval=60s"
+    # Without an API server a kubelet says so many times a second, which keeps the journal busy: some of it is enough.
+    units=/etc/systemd/system/kubelet.service.d
+    mkdir -p $units
+    printf '[Service]\nLogRateLimitIntervalSec=30s\nLogRateLimitBurst=20\n' > $units/lab.conf
 fi
 pause=$(kubeadm config images list --kubernetes-version "$(kubeadm version -o short)" | grep /pause:)
 mkdir -p /etc/containerd
