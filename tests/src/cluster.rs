@@ -1,8 +1,8 @@
 //! A Kubernetes cluster in a lab, asked by kubectl on its master.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::TestLab;
+use super::{TestLab, waiting::Waiting};
 
 /// How long a cluster may take for one thing.
 const LIMIT: Duration = Duration::from_secs(1500);
@@ -32,10 +32,10 @@ impl Cluster {
 
     /// Waits until what is tried no longer says what is wrong.
     pub fn until(&self, what: &str, mut tried: impl FnMut() -> Result<(), String>) {
-        let end = Instant::now() + LIMIT;
+        let mut waiting = Waiting::new(what, LIMIT);
         while let Err(said) = tried() {
             let pods = || self.lab.shell("master", "kubectl get nodes,pods -A -o wide 2>&1", b"").1;
-            assert!(Instant::now() < end, "{what}: {said}\n{}", pods());
+            assert!(!waiting.is_over(&said), "{what}: {said}\n{}", pods());
             std::thread::park_timeout(PAUSE);
         }
     }

@@ -1,7 +1,8 @@
 //! The harness that the end-to-end tests share: labs of their own, driven by the real `lab` command, on this machine's
 //! KVM where that works and in the emulated host otherwise. The choice is lab's own.
 //!
-//! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs.
+//! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs. What a test prints tells
+//! `run-tests` whether it gets on.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,8 +11,9 @@
 )]
 
 use std::{
-    io::{Read, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{TcpListener, TcpStream},
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -19,6 +21,9 @@ use std::{
 
 pub mod cluster;
 pub mod load;
+pub mod waiting;
+
+use waiting::Waiting;
 
 /// A lab that a test made, removed with the value.
 pub struct TestLab {
@@ -31,8 +36,7 @@ pub struct TestLab {
 impl TestLab {
     /// A lab from a labfile's text, in a folder of its own.
     pub fn new(text: &str) -> Self {
-        // Not in /tmp: the emulated host has one of its own.
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let dir = scratch();
         let file = dir.path().join("lab.toml");
         std::fs::write(&file, text).unwrap();
         Self { dir, file, home: None }
@@ -47,7 +51,7 @@ impl TestLab {
 
     /// A lab that is not there yet, nor its labfile: `folder` is where it will be imported to.
     pub fn to_import(home: &Path) -> Self {
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let dir = scratch();
         let file = dir.path().join("imported").join("lab.toml");
         Self { dir, file, home: Some(home.into()) }
     }
@@ -195,7 +199,7 @@ impl OtherHome {
     /// Makes it, and ends the emulated host of the test's own home.
     #[allow(clippy::new_without_default, reason = "it ends a host")]
     pub fn new() -> Self {
-        let home = Self { dir: tempfile::tempdir_in("/var/tmp").unwrap(), emulated: emulated() };
+        let home = Self { dir: scratch(), emulated: emulated() };
         if home.emulated {
             lab_host(None, &["stop", "--force"]);
         }
@@ -226,11 +230,18 @@ impl Drop for OtherHome {
     }
 }
 
+/// A folder for a test, removed with the value; by who runs the tests, if one is ended before.
+pub fn scratch() -> tempfile::TempDir {
+    // Not in /tmp: the emulated host has one of its own.
+    let folder = std::env::var_os("LAB_TEST_SCRATCH").unwrap_or_else(|| "/var/tmp".into());
+    tempfile::tempdir_in(folder).unwrap()
+}
+
 /// Runs `lab host` in a LAB_HOME, the test's own unless given.
 pub fn lab_host(home: Option<&Path>, arguments: &[&str]) {
     let mut command = Command::new(program());
     command.args(["-q", "host"]).args(arguments).envs(home.map(|home| ("LAB_HOME", home)));
-    let output = command.output().unwrap();
+    let output = output(command, b"");
     assert!(output.status.success(), "lab host {arguments:?}: {}", text(&output));
 }
 
@@ -280,17 +291,45 @@ pub fn on_host(script: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs a command with input to its end, which must come within an hour.
+/// Runs a command with input to its end. Tells that it begins, what it says on standard error as it comes, and how it ended.
 pub fn output(mut command: Command, input: &[u8]) -> Output {
     let started = Instant::now();
+    let tell = |line: String| {
+        if !waiting::is_asking() {
+            eprintln!("    {line}");
+        }
+    };
+    tell(format!("{command:?}"));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: between fork and exec, prctl(2) is async-signal-safe and touches no memory of the parent.
+    unsafe {
+        // A test that is killed leaves no command.
+        command.pre_exec(|| {
+            let term = Some(rustix::process::Signal::TERM);
+            Ok(rustix::process::set_parent_process_death_signal(term)?)
+        });
+    }
     let mut child = command.spawn().unwrap();
-    let mut stdin = child.stdin.take().unwrap();
+    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+    let mut errors = BufReader::new(child.stderr.take().unwrap());
     let input = input.to_vec();
     std::thread::spawn(move || drop(stdin.write_all(&input)));
-    let output = child.wait_with_output().unwrap();
-    eprintln!("    {command:?}: {} after {:.1} s", output.status, started.elapsed().as_secs_f64());
-    output
+    let stdout = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        stdout.read_to_end(&mut all).map(|_| all)
+    });
+    let mut stderr = Vec::new();
+    loop {
+        let begin = stderr.len();
+        if errors.read_until(b'\n', &mut stderr).unwrap() == 0 {
+            break;
+        }
+        tell(format!("  {}", String::from_utf8_lossy(&stderr[begin..]).trim_end()));
+    }
+    let stdout = stdout.join().unwrap().unwrap();
+    let status = child.wait().unwrap();
+    tell(format!("{status} after {:.1} s", started.elapsed().as_secs_f64()));
+    Output { status, stdout, stderr }
 }
 
 /// All that a command said.
@@ -347,7 +386,7 @@ pub fn listeners() -> Vec<String> {
 
 /// Fetches a page over HTTP/1.0; waits up to a minute for somebody to answer.
 pub fn http_get(port: u16, path: &str) -> String {
-    let end = Instant::now() + Duration::from_secs(60);
+    let mut waiting = Waiting::new(format!("an answer from port {port}"), Duration::from_secs(60));
     loop {
         let answer = TcpStream::connect(("127.0.0.1", port)).and_then(|mut stream| {
             stream.set_read_timeout(Some(Duration::from_secs(30)))?;
@@ -358,7 +397,10 @@ pub fn http_get(port: u16, path: &str) -> String {
         });
         match answer {
             Ok(answer) if !answer.is_empty() => return answer,
-            other => assert!(Instant::now() < end, "no answer from port {port}: {other:?}"),
+            other => {
+                let said = format!("{other:?}");
+                assert!(!waiting.is_over(&said), "no answer from port {port}: {said}");
+            }
         }
         std::thread::sleep(Duration::from_millis(200));
     }
@@ -366,13 +408,13 @@ pub fn http_get(port: u16, path: &str) -> String {
 
 /// Fetches a page until it has all of `wanted` in it, for five minutes.
 pub fn page_with(port: u16, path: &str, wanted: &[&str]) -> String {
-    let end = Instant::now() + Duration::from_secs(300);
+    let mut waiting = Waiting::new(format!("{wanted:?} in {path}"), Duration::from_secs(300));
     loop {
         let page = http_get(port, path);
         if wanted.iter().all(|part| page.contains(part)) {
             return page;
         }
-        assert!(Instant::now() < end, "{path} has not {wanted:?}: {page}");
+        assert!(!waiting.is_over(&page), "{path} has not {wanted:?}: {page}");
         std::thread::park_timeout(Duration::from_secs(1));
     }
 }

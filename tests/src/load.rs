@@ -1,9 +1,9 @@
 //! Work that notices what goes wrong with the nodes it runs on: a stream of numbers from a to b, a synced journal on a, and
 //! a watch on a's clocks. For labs of two nodes a and b of the image tiny.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use crate::TestLab;
+use crate::{TestLab, waiting::Waiting};
 
 /// On a: sends numbers to b, writes a synced journal, and watches both clocks.
 const WORK_A: &str = r#"
@@ -69,13 +69,14 @@ impl<'l> Load<'l> {
 
     /// Waits until b has got more numbers than `count`.
     pub fn wait_for_more(&self, count: u64) -> u64 {
-        let end = Instant::now() + Duration::from_secs(120);
+        let mut waiting = Waiting::new("more numbers in b", Duration::from_secs(120));
         loop {
             let got = self.got();
             if got > count {
                 return got;
             }
-            assert!(Instant::now() < end, "b has got {got} numbers, and no more than {count} in two minutes");
+            let over = waiting.is_over(&format!("{got}, and no more than {count}"));
+            assert!(!over, "b has got {got} numbers, and no more than {count} in two minutes");
         }
     }
 

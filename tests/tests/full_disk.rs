@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use lab_tests::{TestLab, output, program, text};
+use lab_tests::{TestLab, output, program, scratch, text};
 
 const LABFILE: &str = r#"
 name = "full"
@@ -24,7 +24,7 @@ struct SmallHome(tempfile::TempDir);
 
 impl SmallHome {
     fn new(mib: u32) -> Self {
-        let home = Self(tempfile::tempdir_in("/var/tmp").unwrap());
+        let home = Self(scratch());
         run(Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
             .arg(home.path()));

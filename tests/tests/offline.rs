@@ -3,7 +3,7 @@
 
 use std::os::unix::fs::PermissionsExt;
 
-use lab_tests::{OtherHome, TestLab, cluster, free_port, http_get, long, text};
+use lab_tests::{OtherHome, TestLab, cluster, free_port, http_get, long, scratch, text};
 
 /// A lab with a baked and an ordinary step, which take files along.
 fn labfile(two: &str) -> String {
@@ -45,7 +45,7 @@ fn ask(lab: &TestLab, script: &str) -> String {
 
 #[test]
 fn a_lab_from_a_bundle() {
-    let there = tempfile::tempdir_in("/var/tmp").unwrap();
+    let there = scratch();
     let file = there.path().join("offline.labbundle");
     let (file, made) = {
         let lab = lab(TestLab::new(""), "one");
@@ -117,7 +117,7 @@ fn a_cluster_without_a_network() {
     if !long("a cluster without a network") || !cluster::can_be_had("a cluster without a network") {
         return;
     }
-    let there = tempfile::tempdir_in("/var/tmp").unwrap();
+    let there = scratch();
     let file = there.path().join("cluster.labbundle");
     let shown = file.to_str().unwrap();
     let port = free_port();

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab_tests::{OtherHome, TestLab, kill_after, lab_host, load::Load};
+use lab_tests::{OtherHome, TestLab, kill_after, lab_host, load::Load, scratch};
 
 /// A lab of two small nodes under a name of its own.
 fn labfile(name: &str) -> String {
@@ -260,7 +260,7 @@ fn an_exported_lab_goes_on_where_nothing_else_is() {
         "name = \"{name}\"\nimage = \"tiny\"\n[node.a]\nmemory = \"128MiB\"\n\
          [[step]]\nname = \"own\"\nscript = \"scripts/own.sh\"\n"
     );
-    let there = tempfile::tempdir_in("/var/tmp").unwrap();
+    let there = scratch();
     let file = there.path().join("before.lab");
     let shown = file.to_str().unwrap();
     let export = ["snapshot", "export", "before", shown];
