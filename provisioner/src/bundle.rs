@@ -78,7 +78,8 @@ pub struct BundleFile {
     pub sha256: String,
 }
 
-/// The first file that fits a pattern. `wanted` is the version that it must have; empty: any, the latest in its folder.
+/// The first file that fits a pattern. `wanted` is the version that it must have, or the first numbers of it; empty: any.
+/// Of several in its folder the latest.
 /// `user` is the step that wants it.
 ///
 /// # Errors
@@ -96,7 +97,7 @@ pub fn find(folders: &[PathBuf], pattern: &str, wanted: &str, user: &str) -> Res
             .collect();
         fitting.sort_by_key(|file| numbers(&file.version));
         while let Some(file) = fitting.pop() {
-            if wanted.is_empty() || file.version == wanted || !pattern.contains(VERSION) {
+            if is_of(&file.version, wanted) || !pattern.contains(VERSION) {
                 return Ok(file);
             }
             other = Some(file.path);
@@ -173,6 +174,12 @@ fn version_in<'n>(name: &'n str, pattern: &str) -> Option<&'n str> {
     (version.starts_with(|c: char| c.is_ascii_digit()) && version.bytes().all(fits)).then_some(version)
 }
 
+/// Whether a version is the wanted one, or one of those that are: 1.20.2 of 1.20.
+fn is_of(version: &str, wanted: &str) -> bool {
+    let rest = version.strip_prefix(wanted);
+    wanted.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+}
+
 /// A version's numbers, to be compared.
 fn numbers(version: &str) -> Vec<u64> {
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
@@ -208,6 +215,8 @@ mod tests {
         found.open().unwrap().read_to_string(&mut text).unwrap();
         assert_eq!(text, "20");
         assert_eq!(find("k8s-{version}-images.tar", "1.9.1").unwrap().version, "1.9.1");
+        assert_eq!(find("k8s-{version}-images.tar", "1.20").unwrap().version, "1.20.2");
+        assert!(find("k8s-{version}-images.tar", "1.2").is_err());
         assert_eq!(find("tool", "1.9.1").unwrap().version, "");
         let refused = find("k8s-{version}-images.tar", "1.30.0").unwrap_err().to_string();
         assert!(refused.contains("asks for version 1.30.0") && refused.contains("images.tar"), "{refused}");

@@ -36,5 +36,6 @@ pub mod progress;
 pub mod say;
 pub mod size;
 pub mod snapshot;
+pub mod source;
 pub mod stack;
 pub mod state;

@@ -122,6 +122,15 @@ pub fn check(lab: &Lab) -> Result<(), Error> {
     if what.is_empty() { Ok(()) } else { Err(Error::Differs { path, what }) }
 }
 
+/// Where stacks came from as the file says, by their names; nothing if there is no such file: [`check`] tells what is wrong
+/// with it.
+pub fn sources(labfile: &Path) -> BTreeMap<String, String> {
+    let text = fs::read_to_string(path(labfile)).unwrap_or_default();
+    let inputs = toml::from_str::<Inputs>(&text).ok();
+    let stacks = inputs.into_iter().flat_map(|inputs| inputs.stack);
+    stacks.map(|(name, stack)| (name, stack.source)).collect()
+}
+
 /// Records what the lab was brought up from, unless that is what the file says already.
 pub fn write(lab: &Lab) -> Result<(), Error> {
     let labfile = &lab.topology.labfile;
@@ -289,6 +298,9 @@ mod tests {
         let text = fs::read_to_string(&file).unwrap();
         assert!(text.starts_with("# What") && text.contains("[stack.docker]"), "{text}");
         assert!(text.contains("[step.\"same for all\"]"), "{text}");
+        let debian = BTreeMap::from([("docker".into(), "debian".into())]);
+        assert_eq!(sources(&dir.path().join("lab.toml")), debian);
+        assert!(sources(&dir.path().join("other.toml")).is_empty());
         // It stays as it is.
         let before = fs::metadata(&file).unwrap().modified().unwrap();
         write(&demo).unwrap();

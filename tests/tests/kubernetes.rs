@@ -110,13 +110,32 @@ fn a_master_and_a_worker() {
 
     // A version that the bundle does not have is refused before anything is started.
     let labfile = std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap();
-    lab.rewrite(&labfile.replace("source = \"bundle\"", "source = \"bundle\"\nversion = \"1.99.0\""));
+    lab.rewrite(&labfile.replace("[stack.kubernetes]", "[stack.kubernetes]\nversion = \"1.99.0\""));
     let said = lab.fails(1, &["up"]);
-    assert!(said.contains("1.99.0") && said.contains("LAB_BUNDLES"), "{said}");
+    for part in ["1.99.0", "LAB_BUNDLES", "scripts/bundle-kubernetes", "source = \"upstream\""] {
+        assert!(said.contains(part), "{said}");
+    }
     lab.rewrite(&labfile);
+
+    // The labfile leaves it to lab where Kubernetes comes from.
+    let without_bundle = || {
+        let mut plan = lab.command(&["plan"]);
+        plan.env_remove("LAB_BUNDLES");
+        text(&output(plan, b""))
+    };
+    let said = without_bundle();
+    assert!(said.contains("stacks: kubernetes 1.") && said.contains(" from upstream\n"), "{said}");
+    assert!(lab.run(&["plan"]).contains(" from bundle\n"));
 
     lab.run(&["up"]);
     lab.run(&["check"]);
+    // What nodes stand on stays, whatever is found later, and is told.
+    let said = without_bundle();
+    assert!(said.contains("no bundle has the file") && said.contains("scripts/bundle-kubernetes"), "{said}");
+    assert!(lab.run(&["status"]).contains("stacks: kubernetes from bundle\n"));
+    let status: serde_json::Value = serde_json::from_str(&lab.run(&["status", "-o", "json"])).unwrap();
+    assert_eq!(status["stacks"][0]["source"], "bundle");
+    assert!(std::fs::read_to_string(lab.dir().join("lab.lock")).unwrap().contains("source = \"bundle\""));
     cluster.serves("after up", "1");
 
     // What steps gave each other is secret.

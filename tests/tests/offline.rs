@@ -129,8 +129,10 @@ fn a_cluster_without_a_network() {
     let home = OtherHome::new();
     let unplugged = home.unplug();
     let lab = TestLab::at_home(&labfile, home.path());
+    lab.rewrite(&labfile.replace("[stack.kubernetes]", "[stack.kubernetes]\nsource = \"bundle\""));
     let said = lab.fails(1, &["up"]);
     assert!(said.contains("LAB_BUNDLES"), "{said}");
+    lab.rewrite(&labfile);
     lab.run(&["up", "--offline", shown]);
     lab.run(&["check"]);
     assert!(http_get(port, "/").contains("hello from "));

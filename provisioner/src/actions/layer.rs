@@ -114,6 +114,10 @@ impl Action for Layer {
         format!("layer {}", self.steps.last().map_or("", |step| step.name.as_str()))
     }
 
+    fn stack(&self) -> Option<&str> {
+        self.steps.last().and_then(Action::stack)
+    }
+
     fn is_done(&self, lab: &Lab) -> Result<bool, Error> {
         let users = self.users(lab)?;
         let Some(node) = users.first() else { return Ok(true) };

@@ -23,7 +23,7 @@ pub use layer::{Layer, of_node as layer_keys};
 pub use network::Network;
 pub use ready::Ready;
 pub use script::Script;
-pub use steps::{bundle_files, environment, take_leave};
+pub use steps::{VERSION_OPTION, bundle_files, environment, find_bundle, take_leave};
 
 use crate::{channel, control, json_file, lab::Lab, labfile::topology::Node, plan::Plan, progress::Task};
 
@@ -87,6 +87,14 @@ pub enum Error {
     /// A bundle.
     #[error(transparent)]
     Bundle(#[from] crate::bundle::Error),
+    /// What a step wants is in no bundle.
+    #[error("{missing}{ways}")]
+    NoBundle {
+        /// What is missing.
+        missing: crate::bundle::Error,
+        /// What to do about it, on further lines.
+        ways: String,
+    },
     /// Files beside the labfile can't be taken along.
     #[error(transparent)]
     Enclosed(#[from] crate::enclosed::Error),
@@ -138,6 +146,10 @@ pub trait Action: Send + Sync {
     /// Whether its result is there for other labs, too: an image, a layer.
     fn outlives_lab(&self) -> bool {
         false
+    }
+    /// The stack that it is a step of.
+    fn stack(&self) -> Option<&str> {
+        None
     }
     /// All that its result depends on, beside what comes before it; `None` if nothing of it lasts.
     fn inputs(&self, lab: &Lab) -> Option<String>;

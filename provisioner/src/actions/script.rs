@@ -165,6 +165,10 @@ impl Action for Script {
         })
     }
 
+    fn stack(&self) -> Option<&str> {
+        (!self.hands.stack.is_empty()).then_some(self.hands.stack.as_str())
+    }
+
     fn inputs(&self, _lab: &Lab) -> Option<String> {
         Some(self.digest())
     }

@@ -1,6 +1,6 @@
 //! Which scripts run where, and after which others: the steps of stacks and the user's own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::{
     Error,
@@ -20,7 +20,7 @@ use crate::{
 /// How long a step of the user's may take, with KVM.
 const USER_STEP_LIMIT_S: u32 = 1800;
 /// The option that says which version a bundle's files must have.
-const VERSION_OPTION: &str = "version";
+pub const VERSION_OPTION: &str = "version";
 
 /// Adds the steps of stacks and of the user to a plan. What is baked comes first. Stacks run in the order of the file;
 /// those of one node don't wait for another's unless the stack says so. The user's steps run after all stacks, in the
@@ -40,7 +40,7 @@ pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), E
                 .collect();
             let mut added = Vec::new();
             for (node, last) in nodes.iter().zip(last.iter_mut()) {
-                if gets(stack, step, node) {
+                if stack.gets(step, node) {
                     let mut after = vec![*last];
                     after.extend(&waits);
                     let script = of_stack(lab, used, step, node)?;
@@ -77,7 +77,7 @@ pub fn plan_scripts(lab: &Lab, plan: &mut Plan, ready: &[usize]) -> Result<(), E
 pub fn baked(lab: &Lab, node: &Node) -> Result<Vec<Script>, Error> {
     let stacks = stacks(lab)?;
     let of_stacks = steps_of(&stacks, Kind::Bake)
-        .filter(|(_, stack, step)| gets(stack, step, node))
+        .filter(|(_, stack, step)| stack.gets(step, node))
         .map(|(used, _, step)| of_stack(lab, used, step, node));
     let users = lab.topology.steps.iter().filter(|step| step.bake && applies(&step.on, node));
     of_stacks.chain(users.map(|step| of_user(lab, step, node))).collect()
@@ -89,8 +89,7 @@ pub fn take_leave(lab: &Lab, leaving: &[String]) -> Result<(), Error> {
     let stacks = stacks(lab)?;
     let runs = |name: &str| state::node_state(&lab.dirs, name) == NodeState::Running;
     for (used, stack, step) in steps_of(&stacks, Kind::Leave) {
-        let stay =
-            |node: &&Node| gets(stack, step, node) && !leaving.contains(&node.name) && runs(&node.name);
+        let stay = |node: &&Node| stack.gets(step, node) && !leaving.contains(&node.name) && runs(&node.name);
         for node in lab.topology.nodes.iter().filter(stay) {
             for name in leaving {
                 let mut script = of_stack(lab, used, step, node)?;
@@ -114,7 +113,7 @@ pub fn bundle_files(lab: &Lab, used: &Stack) -> Result<Vec<BundleFile>, Error> {
     let stack = stack::load(used)?;
     let mut files: Vec<BundleFile> = Vec::new();
     for step in &stack.steps {
-        if lab.topology.nodes.iter().any(|node| gets(&stack, step, node)) {
+        if lab.topology.nodes.iter().any(|node| stack.gets(step, node)) {
             for file in bundle_of(lab, used, step)? {
                 if !files.contains(&file) {
                     files.push(file);
@@ -140,23 +139,37 @@ fn steps_of<'s>(
     stacks.iter().flat_map(steps).filter(move |(_, _, step)| step.kind == kind)
 }
 
-fn gets(stack: &StackDef, step: &StepDef, node: &Node) -> bool {
-    stack.applies_to(&node.role) && applies(&step.on, node)
+/// The files that a step of a stack wants of bundles, in these folders.
+pub fn find_bundle(
+    folders: &[PathBuf],
+    used: &Stack,
+    step: &StepDef,
+) -> Result<Vec<BundleFile>, bundle::Error> {
+    let wanted = used.options.get(VERSION_OPTION).map(String::as_str).unwrap_or_default();
+    let user = format!("{}/{}", used.name, step.name);
+    step.bundle.iter().map(|pattern| bundle::find(folders, pattern, wanted, &user)).collect()
 }
 
 fn bundle_of(lab: &Lab, used: &Stack, step: &StepDef) -> Result<Vec<BundleFile>, Error> {
     if step.bundle.is_empty() {
         return Ok(Vec::new());
     }
-    let wanted = used.options.get(VERSION_OPTION).map(String::as_str).unwrap_or_default();
     let mut folders = lab.paths.bundles();
     if lab.offline {
         // What the lab's layers were made of, whatever else there is.
         folders.insert(0, lab.paths.offline_bundle(&lab.topology.name));
     }
-    let user = format!("{}/{}", used.name, step.name);
-    let find = |pattern: &String| Ok(bundle::find(&folders, pattern, wanted, &user)?);
-    step.bundle.iter().map(find).collect()
+    let missing = match find_bundle(&folders, used, step) {
+        Err(error @ (bundle::Error::NotFound { .. } | bundle::Error::OtherVersion { .. })) => error,
+        found => return Ok(found?),
+    };
+    if lab.offline {
+        return Err(missing.into());
+    }
+    let definition = stack::definition(used)?;
+    let hint = definition.source(&used.source).and_then(|source| source.hint.as_ref());
+    let hint = hint.map(|hint| format!("\n  {hint}")).unwrap_or_default();
+    Err(Error::NoBundle { missing, ways: hint + &definition.ways_beside(&used.source) })
 }
 
 fn of_stack(lab: &Lab, used: &Stack, step: &StepDef, node: &Node) -> Result<Script, Error> {
@@ -242,7 +255,7 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::*;
-    use crate::{files::hex, labfile, paths::Paths, progress::Progress};
+    use crate::{files::hex, labfile, paths::Paths, progress::Progress, source};
 
     const LABFILE: &str = "name = \"demo\"\n[node.master]\n[node.w1]\n[node.w2]\n[stack.kubernetes]\n\
                            [[step]]\nname = \"last\"\non = \"master\"\nrun = \"true\"\n";
@@ -260,7 +273,9 @@ mod tests {
         let file = dir.join("lab.toml");
         fs::write(&file, text).unwrap();
         let paths = Paths::at(&dir.join("home"), &dir.join("run"));
-        Lab::new(&paths, labfile::load(&file).unwrap(), Progress::new(true)).unwrap()
+        let mut topology = labfile::load(&file).unwrap();
+        source::choose(&mut topology, &paths, false, &BTreeMap::new()).unwrap();
+        Lab::new(&paths, topology, Progress::new(true)).unwrap()
     }
 
     /// The actions of a plan: node, name, and what they wait for.
@@ -313,6 +328,12 @@ mod tests {
         let wanting = lab(dir.path(), &wants, "1");
         let refused = super::super::plan(&wanting).map(drop).unwrap_err().to_string();
         assert!(refused.contains("kubernetes/packages") && refused.contains("1.21.0"), "{refused}");
+        // Both ways out are told.
+        for way in
+            ["scripts/bundle-kubernetes FOLDER", "30 minutes", "out of support", "source = \"upstream\""]
+        {
+            assert!(refused.contains(way), "{refused}");
+        }
         assert_eq!(bundle_files(&wanting, &wanting.topology.stacks[0]).unwrap_err().to_string(), refused);
     }
 

@@ -2,7 +2,7 @@
 
 use std::{fs::File, process::ExitCode};
 
-use super::{Context, Error, share, ssh, up};
+use super::{Context, Error, share, ssh};
 use crate::{
     actions,
     cli::{Cli, Command, ForwardAction, ImageAction, SnapshotAction},
@@ -91,15 +91,14 @@ pub fn carry(context: &Context, cli: &Cli) -> Result<Place, Error> {
         }
     } else if wants.start {
         // What can be found wrong here is told here, and images are built where building is quick.
-        let mut lab = context.wanted()?;
+        let lab = match &cli.command {
+            Command::Up { locked, offline, .. } => context.wanted_for_up(*locked, offline.as_deref())?,
+            _ => context.wanted()?,
+        };
         if let Some(reason) = reason {
             context
                 .progress
                 .say(&format!("{}: in the emulated host, which is slow ({reason})", lab.topology.name));
-        }
-        if let Command::Up { offline: Some(bundle), .. } = &cli.command {
-            lab.offline = true;
-            up::take_in(&lab, bundle)?;
         }
         if !matches!(cli.command, Command::Bundle { .. }) {
             wants.forwards = lab.forwards();

@@ -26,6 +26,7 @@ pub mod status;
 pub mod up;
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -38,10 +39,12 @@ use crate::{
     control, fork as forks, json_file,
     lab::Lab,
     labfile,
-    labfile::topology::Topology,
-    machine,
+    labfile::topology::{Stack, Topology},
+    lockfile, machine,
     paths::Paths,
     progress::{Progress, Task},
+    snapshot::pack,
+    source,
     state::LabState,
 };
 
@@ -80,6 +83,9 @@ pub enum Error {
     /// A folder of lab's.
     #[error(transparent)]
     Paths(#[from] crate::paths::Error),
+    /// A source of a stack.
+    #[error(transparent)]
+    Source(#[from] crate::source::Error),
     /// A file of lab's own.
     #[error(transparent)]
     File(#[from] json_file::Error),
@@ -180,9 +186,23 @@ impl Context {
 
     /// The lab as the labfile describes it.
     pub fn wanted(&self) -> Result<Lab, Error> {
-        let topology = self.topology(&self.labfile()?)?;
+        self.wanted_for_up(false, None)
+    }
+
+    /// The same for `up`, with its `--locked` and with what `--offline` names, which is taken in first.
+    pub fn wanted_for_up(&self, locked: bool, offline: Option<&Path>) -> Result<Lab, Error> {
+        let mut topology = self.topology(&self.labfile()?)?;
+        // Where the command was carried here from has done it, since it sees the whole machine.
+        if let Some(bundle) = offline.filter(|_| !crate::host::is_slow()) {
+            let task = self.progress.begin(&topology.name, "take in the bundle");
+            let taken = pack::bundle::take_in(&self.paths, bundle, &task);
+            end(task, taken)?;
+        }
+        let locked = if locked { lockfile::sources(&topology.labfile) } else { BTreeMap::new() };
+        source::choose(&mut topology, &self.paths, offline.is_some(), &locked)?;
         let mut lab = Lab::new(&self.paths, topology, self.progress.clone())?;
         lab.fork = self.fork;
+        lab.offline = offline.is_some();
         Ok(lab)
     }
 
@@ -251,6 +271,24 @@ pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     };
     let head: Vec<String> = head.iter().map(|cell| cell.to_string()).collect();
     std::iter::once(line(&head)).chain(rows.iter().map(|row| line(row))).collect()
+}
+
+/// Where a lab's stacks come from, on a line: `stacks: docker from debian, kubernetes 1.36 from upstream`; nothing if it has
+/// none. `version` is that of a stack's files of a bundle, as far as it is known.
+pub fn stacks_line(stacks: &[Stack], version: impl Fn(&Stack) -> Option<String>) -> String {
+    let one = |stack: &Stack| {
+        let version = stack_version(stack).or_else(|| version(stack)).map(|version| format!(" {version}"));
+        format!("{}{} from {}", stack.name, version.unwrap_or_default(), stack.source)
+    };
+    match stacks {
+        [] => String::new(),
+        some => format!("stacks: {}\n", some.iter().map(one).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// The version that a stack's options ask for.
+pub fn stack_version(stack: &Stack) -> Option<String> {
+    stack.options.get(actions::VERSION_OPTION).filter(|version| !version.is_empty()).cloned()
 }
 
 /// A number of bytes in MiB, for a table.

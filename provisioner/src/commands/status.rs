@@ -5,11 +5,11 @@ use std::{net::Ipv4Addr, path::PathBuf, process::ExitCode};
 use lab_net::config::{Forward, Protocol};
 use serde::Serialize;
 
-use super::{Context, Error, table};
+use super::{Context, Error, stack_version, stacks_line, table};
 use crate::{
     actions, control,
     lab::Lab,
-    labfile::topology::Node,
+    labfile::topology::{Node, Stack},
     state::{self, NodeState},
 };
 
@@ -35,7 +35,17 @@ struct LabStatus {
     labfile: PathBuf,
     network: NetworkStatus,
     nodes: Vec<NodeStatus>,
+    stacks: Vec<StackStatus>,
     forwards: Vec<Forward>,
+}
+
+/// A stack as `status` tells it.
+#[derive(Debug, Serialize)]
+struct StackStatus {
+    name: String,
+    source: String,
+    /// The version that its options ask for.
+    version: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,6 +85,11 @@ pub fn print(context: &Context, lab: &Lab) -> Result<(), Error> {
             uptime_s: status.map(|status| status.uptime_ms / 1000),
         }
     };
+    let stack = |used: &Stack| StackStatus {
+        name: used.name.clone(),
+        source: used.source.clone(),
+        version: stack_version(used),
+    };
     let network = &lab.topology.network;
     let status = LabStatus {
         name: lab.topology.name.clone(),
@@ -85,18 +100,20 @@ pub fn print(context: &Context, lab: &Lab) -> Result<(), Error> {
             gateway: network.gateway,
         },
         nodes: lab.topology.nodes.iter().map(node).collect(),
+        stacks: lab.topology.stacks.iter().map(stack).collect(),
         forwards: lab.forwards(),
     };
-    context.print(&status, text)
+    context.print(&status, |status| text(status, &lab.topology.stacks))
 }
 
-fn text(status: &LabStatus) -> String {
+fn text(status: &LabStatus, stacks: &[Stack]) -> String {
     let net = if status.network.running { "running" } else { "stopped" };
     let mut out = format!(
-        "lab {} · network {} ({net}) · {}\n\n",
+        "lab {} · network {} ({net}) · {}\n{}\n",
         status.name,
         status.network.subnet,
-        status.labfile.display()
+        status.labfile.display(),
+        stacks_line(stacks, |_| None),
     );
     let rows: Vec<Vec<String>> = status
         .nodes

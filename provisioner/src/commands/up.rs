@@ -6,27 +6,21 @@ use std::{
     process::ExitCode,
 };
 
-use super::{Context, Error, end, halt, status};
+use super::{Context, Error, halt, status};
 use crate::{
-    actions, capacity, channel, host,
+    actions, capacity, channel,
     lab::Lab,
     lockfile, plan,
     snapshot::{
         Error as SnapshotError, FIRST_UP,
         kept::{self, Found},
-        pack,
     },
     stack, state,
 };
 
 /// Brings the lab up.
 pub fn run(context: &Context, fresh: bool, locked: bool, offline: Option<&Path>) -> Result<ExitCode, Error> {
-    let mut lab = context.wanted()?;
-    lab.offline = offline.is_some();
-    // Where the command was carried here from has done it, since it sees the whole machine.
-    if let Some(bundle) = offline.filter(|_| !host::is_slow()) {
-        take_in(&lab, bundle)?;
-    }
+    let mut lab = context.wanted_for_up(locked, offline)?;
     // A fork is a copy of something, or it is none.
     if let Some(number) = lab.fork
         && !lab.dirs.state().exists()
@@ -99,13 +93,6 @@ fn secrets(lab: &Lab) -> Result<Vec<Secret>, Error> {
         }
     }
     Ok(found)
-}
-
-/// Takes the images and layers of a bundle.
-pub fn take_in(lab: &Lab, bundle: &Path) -> Result<(), Error> {
-    let task = lab.progress.begin(&lab.topology.name, "take in the bundle");
-    let taken = pack::bundle::take_in(&lab.paths, bundle, &task);
-    end(task, taken)
 }
 
 /// Refuses a lab that is not what was recorded; images that are missing are built for that.
@@ -201,13 +188,27 @@ pub fn report(lab: &Lab, outcome: plan::Outcome) -> Result<(), Error> {
         return Ok(());
     };
     let mut text = format!("{subject}: {error}");
+    let mut ways = ways_beside(lab, &error);
     for (subject, error) in failures {
         text.push_str(&format!("\n{subject}: {error}"));
+        ways = ways.or_else(|| ways_beside(lab, &error));
     }
+    text.push_str(&ways.unwrap_or_default());
     if outcome.skipped > 0 {
         text.push_str(&format!("\n{} actions that come after it were not tried", outcome.skipped));
     }
     Err(Error::Other(text))
+}
+
+/// What to do where the software of a stack could not be got from where it was to come from: the other sources.
+fn ways_beside(lab: &Lab, error: &actions::Error) -> Option<String> {
+    let actions::Error::Step { step, .. } = error else { return None };
+    let (stack, step) = step.split_once('/')?;
+    let used = lab.topology.stacks.iter().find(|used| used.name == stack)?;
+    let definition = stack::load(used).ok()?;
+    let step = definition.steps.iter().find(|known| known.name == step)?;
+    // A step of one source alone gets things from there.
+    (step.kind == stack::Kind::Bake && step.source.is_some()).then(|| definition.ways_beside(&used.source))
 }
 
 /// Lets the nodes go that the labfile no longer has: those that stay take leave of them, and they are powered off. Their
@@ -236,4 +237,41 @@ fn next_steps(lab: &Lab) -> String {
     }
     text.push_str(", `lab halt` powers off");
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{labfile, paths::Paths, progress::Progress, source};
+
+    #[test]
+    fn what_cannot_be_fetched_is_told_with_the_other_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("lab.toml");
+        let ways = |stacks: &str, step: &str| {
+            std::fs::write(&file, format!("name = \"demo\"\n[node.master]\n{stacks}")).unwrap();
+            let paths = Paths::at(&dir.path().join("home"), &dir.path().join("run"));
+            let mut topology = labfile::load(&file).unwrap();
+            source::choose(&mut topology, &paths, false, &BTreeMap::new()).unwrap();
+            let lab = Lab::new(&paths, topology, Progress::new(true)).unwrap();
+            let (reason, tail) = ("it ended with status 1".into(), "cannot fetch".into());
+            let error =
+                actions::Error::Step { step: step.into(), reason, tail, log: file.clone(), lost: false };
+            ways_beside(&lab, &error)
+        };
+        let kubernetes = "[stack.kubernetes]\n";
+        let said = ways(kubernetes, "kubernetes/packages-upstream").unwrap();
+        for part in
+            ["or source = \"bundle\"", "`scripts/bundle-kubernetes FOLDER`", "30 minutes", "out of support"]
+        {
+            assert!(said.contains(part), "{said}");
+        }
+        assert_eq!(ways(kubernetes, "kubernetes/images-upstream"), Some(said));
+        assert_eq!(ways(kubernetes, "kubernetes/init"), None, "it gets nothing");
+        assert_eq!(ways(kubernetes, "step/packages-upstream"), None);
+        // Neither source of Docker's stands in for the other.
+        assert_eq!(ways("[stack.docker]\n", "docker/install-debian").unwrap_or_default(), "");
+    }
 }

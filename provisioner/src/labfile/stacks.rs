@@ -1,6 +1,9 @@
 //! Use of stacks: definitions found, source and options checked against them.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+};
 
 use super::{
     diagnostic::visible,
@@ -10,7 +13,7 @@ use super::{
     spell::{advice, list, nearest},
     topology::Stack,
 };
-use crate::stack::{self, StackDef};
+use crate::stack::{self, OptionDef, StackDef};
 
 /// The stacks, in the order of the file.
 pub fn resolve(
@@ -41,12 +44,13 @@ pub fn resolve(
             }
         };
         let source = source(&definition, table, report);
-        stacks.push(Stack {
-            options: options(&definition, &source, name, table, report),
-            source,
-            name: definition.name,
-            folder: definition.folder,
-        });
+        let mut options = given(&definition, &source, table, report);
+        missing(&definition, &source, name, &options, report);
+        // Otherwise when the source is chosen.
+        if definition.plain(&source) == [source.as_str()] {
+            definition.fill_in(&source, &mut options);
+        }
+        stacks.push(Stack { options, source, name: definition.name, folder: definition.folder });
     }
     stacks
 }
@@ -65,72 +69,116 @@ fn source(definition: &StackDef, table: &StackTable, report: &mut Report<'_>) ->
     first
 }
 
-fn options(
+/// The options as the labfile gives them: all of them are possible with one of the plain sources that `source` stands for.
+fn given(
     definition: &StackDef,
     source: &str,
-    name: &At<String>,
     table: &StackTable,
     report: &mut Report<'_>,
 ) -> BTreeMap<String, String> {
-    let path = join("stack", &definition.name);
     let mut options = BTreeMap::new();
-    for (key, value) in table.iter().filter(|(key, _)| key.get() != "source") {
-        match definition.options.iter().find(|option| option.name == *key.get()) {
-            Some(option) => {
-                let text = value.get().to_string();
-                if let Some(only) = option.source.as_ref().filter(|only| *only != source) {
-                    let message = format!("`{}` is not possible with source = \"{source}\"", option.name);
-                    let help = format!("remove it, or take source = \"{only}\"");
-                    report.error(Some(key.span()), &join(&path, key.get()), message, help);
-                }
-                if let Some((message, help)) = refused(&option.values, key.get(), value.get(), &text) {
-                    report.error(Some(value.span()), &join(&path, key.get()), message, help);
-                }
-                options.insert(option.name.clone(), text);
-            }
-            None => {
-                let known: Vec<&str> =
-                    definition.options.iter().map(|option| option.name.as_str()).chain(["source"]).collect();
-                let message = format!("stack `{}` has no option `{}`", definition.name, visible(key.get()));
-                let help = advice(key.get(), &known, "it has");
-                report.error(Some(key.span()), &join(&path, key.get()), message, help);
-            }
+    let all = definition.plain(source);
+    let mut left = all.clone();
+    // What only some of the sources have, in the order of the file.
+    let mut narrow: Vec<&str> = Vec::new();
+    let mut table: Vec<_> = table.iter().filter(|(key, _)| key.get() != "source").collect();
+    table.sort_by_key(|(key, _)| key.span().start);
+    for (key, value) in table {
+        let name = key.get().as_str();
+        let Some(fits) = possible_with(definition, source, key, value, report) else { continue };
+        let both: Vec<&str> = left.iter().copied().filter(|source| fits.contains(source)).collect();
+        if both.is_empty() {
+            let message = format!("`{name}` is not possible together with {}", list(&narrow));
+            let help = format!(
+                "it is for the source `{}`, the other for `{}`: remove one of them",
+                fits.join("` or `"),
+                left.join("` or `")
+            );
+            let place = join(&join("stack", &definition.name), name);
+            report.error(Some(key.span()), &place, message, help);
+        } else if fits.len() < all.len() {
+            narrow.push(name);
+            left = both;
         }
-    }
-    for option in &definition.options {
-        if options.contains_key(&option.name) {
-            continue;
-        }
-        match &option.default {
-            Some(default) => {
-                options.insert(option.name.clone(), default.clone());
-            }
-            None => {
-                let message = format!("stack `{}` needs the option `{}`", definition.name, option.name);
-                report.error(
-                    Some(name.span()),
-                    &join(&path, &option.name),
-                    message,
-                    option.description.clone(),
-                );
-            }
-        }
+        options.insert(name.to_owned(), value.get().to_string());
     }
     options
 }
 
-/// Why an option can't have this value, if so, and what would be right.
-fn refused(values: &[String], key: &str, value: &OptionValue, text: &str) -> Option<(String, String)> {
-    if matches!(value, OptionValue::Text(_)) && text.chars().any(char::is_control) {
-        return Some((format!("`{key}` holds a control character"), "write it on one line".to_owned()));
-    }
-    if values.is_empty() || values.iter().any(|known| known == text) {
+/// The plain sources, of those that `source` stands for, that an option can have its value with; `None` if there is none.
+fn possible_with<'d>(
+    definition: &'d StackDef,
+    source: &'d str,
+    key: &At<String>,
+    value: &At<OptionValue>,
+    report: &mut Report<'_>,
+) -> Option<Vec<&'d str>> {
+    let (name, text) = (key.get(), value.get().to_string());
+    let place = join(&join("stack", &definition.name), name);
+    let known: Vec<&OptionDef> = definition.options.iter().filter(|option| option.name == *name).collect();
+    let Some(first) = known.first() else {
+        let mut names: Vec<&str> = definition.options.iter().map(|option| option.name.as_str()).collect();
+        names.push("source");
+        let mut seen = HashSet::new();
+        names.retain(|name| seen.insert(*name));
+        let message = format!("stack `{}` has no option `{}`", definition.name, visible(name));
+        report.error(Some(key.span()), &place, message, advice(name, &names, "it has"));
+        return None;
+    };
+    if matches!(value.get(), OptionValue::Text(_)) && text.chars().any(char::is_control) {
+        let message = format!("`{name}` holds a control character");
+        report.error(Some(value.span()), &place, message, "write it on one line");
         return None;
     }
-    let words: Vec<&str> = values.iter().map(String::as_str).collect();
-    let help = match nearest(text, words.iter().copied()) {
-        Some(word) => format!("did you mean `{word}`?"),
-        None => format!("possible are: {}", list(&words)),
+    let all = definition.plain(source);
+    let Some(option) = known.iter().rev().find(|option| all.iter().any(|source| option.is_for(source)))
+    else {
+        let message = format!("`{name}` is not possible with source = \"{source}\"");
+        let help = format!("remove it, or take source = \"{}\"", first.source.as_deref().unwrap_or_default());
+        report.error(Some(key.span()), &place, message, help);
+        return None;
     };
-    Some((format!("`{key}` cannot be `{}`", visible(text)), help))
+    let allows = |source: &&str| definition.allows(source, name, &text);
+    let fits: Vec<&str> = all.into_iter().filter(allows).collect();
+    if fits.is_empty() {
+        let message = format!("`{name}` cannot be `{}`", visible(&text));
+        let other = definition.sources.iter().map(|source| source.name.as_str()).find(allows);
+        report.error(Some(value.span()), &place, message, instead(option, &text, other));
+        return None;
+    }
+    Some(fits)
+}
+
+/// Tells which options have to be given and are not.
+fn missing(
+    definition: &StackDef,
+    source: &str,
+    name: &At<String>,
+    options: &BTreeMap<String, String>,
+    report: &mut Report<'_>,
+) {
+    let plain = definition.plain(source);
+    let wanted = definition.options.iter().filter(|option| {
+        let applies = plain.iter().any(|source| option.is_for(source));
+        applies && option.default.is_none() && !options.contains_key(&option.name)
+    });
+    for option in wanted {
+        let message = format!("stack `{}` needs the option `{}`", definition.name, option.name);
+        let key = join(&join("stack", &definition.name), &option.name);
+        report.error(Some(name.span()), &key, message, option.description.clone());
+    }
+}
+
+/// What would be right instead of this value of an option; `other` is a source with which it would be.
+fn instead(option: &OptionDef, text: &str, other: Option<&str>) -> String {
+    let words: Vec<&str> = option.values.iter().map(String::as_str).collect();
+    let right = match (&option.like, nearest(text, words.iter().copied())) {
+        (Some(like), _) => format!("it looks like `{like}`, N being a number"),
+        (None, Some(word)) => format!("did you mean `{word}`?"),
+        (None, None) => format!("possible are: {}", list(&words)),
+    };
+    match other {
+        Some(source) => format!("{right}; or take source = \"{source}\""),
+        None => right,
+    }
 }

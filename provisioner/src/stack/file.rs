@@ -42,9 +42,16 @@ pub struct SourceTable {
     /// What it is.
     #[schemars(required, extend("examples" = ["Debian's archive"]))]
     pub description: Option<At<String>>,
+    /// Stands for the first of these sources that the labfile's options are possible with and whose files of a bundle are
+    /// all found; for the last one if none is.
+    #[schemars(extend("examples" = [["bundle", "upstream"]]))]
+    pub first_of: Option<At<Vec<At<String>>>>,
+    /// What to tell someone who has not what it needs.
+    #[schemars(extend("examples" = ["`make-bundle FOLDER` makes a bundle"]))]
+    pub hint: Option<At<String>>,
 }
 
-/// An option.
+/// An option. What it may be can differ from source to source: then there is one of the name for each.
 #[derive(Debug, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OptionTable {
@@ -63,6 +70,9 @@ pub struct OptionTable {
     /// Allowed values; any, unless given.
     #[schemars(extend("examples" = [["1.35", "1.36"]]))]
     pub values: Option<At<Vec<At<String>>>>,
+    /// What a value looks like, `N` standing for any number.
+    #[schemars(extend("examples" = ["1.N"]))]
+    pub like: Option<At<String>>,
 }
 
 /// A step.

@@ -94,9 +94,15 @@ fn checked(
         let source = source.get();
         let key = format!("source[{index}].name");
         if let Some(name) = fresh_name(source.name.as_ref(), &mut seen, "source", &key, report) {
-            sources.push(Source { name, description: text(source.description.as_ref()) });
+            sources.push(Source {
+                name,
+                description: text(source.description.as_ref()),
+                first_of: list(&source.first_of),
+                hint: source.hint.as_ref().map(|hint| hint.get().clone()),
+            });
         }
     }
+    first_of(file, &sources, report);
     if file.source.is_empty() && report.is_clean() {
         let help = "add a [[source]] with a name and a description: where the software comes from";
         report.error(None, "source", "the stack has no source".to_owned(), help);
@@ -114,29 +120,61 @@ fn checked(
     StackDef { name: name.to_owned(), folder, description, sources, roles, options, steps, ports, secrets }
 }
 
+/// What a source stands for: plain ones, at least two.
+fn first_of(file: &File, sources: &[Source], report: &mut Report<'_>) {
+    let known = plain(sources);
+    for (index, table) in file.source.iter().enumerate() {
+        let Some(list) = &table.get().first_of else { continue };
+        let key = format!("source[{index}].first_of");
+        if list.get().len() < 2 {
+            let message = "there is nothing to choose from".to_owned();
+            report.error(Some(list.span()), &key, message, "name two sources or more");
+        }
+        for name in list.get().iter().filter(|name| !known.contains(&name.get().as_str())) {
+            let message = format!("there is no source `{}` of its own", visible(name.get()));
+            report.error(Some(name.span()), &key, message, advice(name.get(), &known, "sources are"));
+        }
+    }
+}
+
+/// Names of the sources that stand for themselves.
+fn plain(sources: &[Source]) -> Vec<&str> {
+    sources.iter().filter(|source| source.first_of.is_empty()).map(|source| source.name.as_str()).collect()
+}
+
 fn options(file: &File, sources: &[Source], report: &mut Report<'_>) -> Vec<OptionDef> {
-    let mut seen = HashSet::from(["source".to_owned()]);
-    let mut options = Vec::new();
+    let mut options: Vec<OptionDef> = Vec::new();
     for (index, table) in file.option.iter().enumerate() {
         let option = table.get();
         let key = format!("option[{index}].name");
+        let source = option.source.as_ref().map(|source| source.get().clone());
+        // One for each source may have the name.
+        let others = options
+            .iter()
+            .filter(|other| other.source.is_none() || source.is_none() || other.source == source);
+        let mut seen: HashSet<String> = others.map(|other| other.name.clone()).collect();
+        seen.insert("source".to_owned());
         let Some(name) = fresh_name(option.name.as_ref(), &mut seen, "option", &key, report) else {
             continue;
         };
-        let values: Vec<String> =
-            option.values.iter().flat_map(|list| list.get()).map(|v| v.get().clone()).collect();
-        let default = option.default.as_ref().map(|default| default.get().clone());
-        if let (Some(at), Some(value)) = (&option.default, &default)
-            && !values.is_empty()
-            && !values.contains(value)
-        {
-            let message = format!("the default `{}` is not among the values", visible(value));
-            report.error(Some(at.span()), &format!("option[{index}].default"), message, "add it to `values`");
+        let definition = OptionDef {
+            name,
+            description: text(option.description.as_ref()),
+            default: option.default.as_ref().map(|default| default.get().clone()),
+            source,
+            values: list(&option.values),
+            like: option.like.as_ref().map(|like| like.get().clone()),
+        };
+        if let Some(default) = option.default.as_ref().filter(|default| !definition.allows(default.get())) {
+            let (message, help) = match definition.values.as_slice() {
+                [] => ("does not look like a value", "change it, or `like`"),
+                _ => ("is not among the values", "add it to `values`"),
+            };
+            let message = format!("the default `{}` {message}", visible(default.get()));
+            report.error(Some(default.span()), &format!("option[{index}].default"), message, help);
         }
-        let source = option.source.as_ref().map(|source| source.get().clone());
         check_source(option.source.as_ref(), sources, &format!("option[{index}]"), report);
-        let description = text(option.description.as_ref());
-        options.push(OptionDef { name, description, default, source, values });
+        options.push(definition);
     }
     options
 }
@@ -170,9 +208,6 @@ fn steps(
             report.error(Some(wanted.span()), &format!("{path}.after[{position}]"), message, help);
         }
         kinds(table, &path, own, &steps, report);
-        let names = |list: &Option<At<Vec<At<String>>>>| -> Vec<String> {
-            list.iter().flat_map(|list| list.get()).map(|name| name.get().clone()).collect()
-        };
         files(table, &path, &steps, report);
         let enclosed = enclosed(table, &path, script, report);
         let text = script_text(table, &path, script, report);
@@ -189,10 +224,10 @@ fn steps(
                 limit_s: table.limit_s.as_ref().map_or(600, |limit| *limit.get()),
                 ready_limit_s: table.ready_limit_s.as_ref().map_or(120, |limit| *limit.get()),
                 after: after.into_iter().map(|step| step.get().clone()).collect(),
-                bundle: names(&table.bundle),
+                bundle: list(&table.bundle),
                 files: enclosed,
-                gives: names(&table.gives),
-                takes: names(&table.takes),
+                gives: list(&table.gives),
+                takes: list(&table.takes),
             });
         }
     }
@@ -201,7 +236,7 @@ fn steps(
 
 /// A source that something is for alone.
 fn check_source(source: Option<&At<String>>, sources: &[Source], path: &str, report: &mut Report<'_>) {
-    let known: Vec<&str> = sources.iter().map(|source| source.name.as_str()).collect();
+    let known = plain(sources);
     if let Some(source) = source.filter(|source| !known.contains(&source.get().as_str())) {
         let message = format!("there is no source `{}`", visible(source.get()));
         let help = advice(source.get(), &known, "sources are");
@@ -377,6 +412,10 @@ fn fresh_name(
         report.error(Some(name.span()), key, message, "take another");
     }
     Some(name.get().clone())
+}
+
+fn list(values: &Option<At<Vec<At<String>>>>) -> Vec<String> {
+    values.iter().flat_map(|list| list.get()).map(|value| value.get().clone()).collect()
 }
 
 fn text(value: Option<&At<String>>) -> String {

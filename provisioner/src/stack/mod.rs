@@ -8,7 +8,10 @@
 mod file;
 mod load;
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 pub use file::Kind;
 use serde::Serialize;
@@ -17,7 +20,8 @@ use serde::Serialize;
 pub use crate::labfile::Diagnostics as Error;
 use crate::{
     enclosed::Enclosed,
-    labfile::topology::{Stack, Target},
+    lab::applies,
+    labfile::topology::{Node, Stack, Target},
 };
 
 /// A stack, checked, with the texts of its scripts.
@@ -29,7 +33,7 @@ pub struct StackDef {
     pub folder: Option<PathBuf>,
     /// What it is.
     pub description: String,
-    /// Where the software can come from, the default first; never empty.
+    /// Where the software can come from, the default first; not without a plain one.
     pub sources: Vec<Source>,
     /// Roles whose nodes get it; empty: all.
     pub roles: Vec<String>,
@@ -50,6 +54,10 @@ pub struct Source {
     pub name: String,
     /// What it is.
     pub description: String,
+    /// The plain sources, at least two, of which it stands for one; empty: it is a plain one itself.
+    pub first_of: Vec<String>,
+    /// What to tell someone who has not what it needs.
+    pub hint: Option<String>,
 }
 
 /// A setting of a stack.
@@ -65,6 +73,32 @@ pub struct OptionDef {
     pub source: Option<String>,
     /// Allowed values; empty: any.
     pub values: Vec<String>,
+    /// What a value looks like, `N` standing for any number; `None`: like anything.
+    pub like: Option<String>,
+}
+
+impl OptionDef {
+    /// Whether it can be set with a source.
+    pub fn is_for(&self, source: &str) -> bool {
+        self.source.as_ref().is_none_or(|only| only == source)
+    }
+
+    /// Whether it can have a value.
+    pub fn allows(&self, value: &str) -> bool {
+        (self.values.is_empty() || self.values.iter().any(|known| known == value))
+            && self.like.as_ref().is_none_or(|like| is_like(value, like))
+    }
+}
+
+/// Whether a text is as a pattern says, whose `N`s stand for a number each.
+fn is_like(text: &str, pattern: &str) -> bool {
+    match pattern.split_once('N') {
+        None => text == pattern,
+        Some((before, after)) => text.strip_prefix(before).is_some_and(|rest| {
+            let number = rest.bytes().take_while(u8::is_ascii_digit).count();
+            number > 0 && rest.get(number..).is_some_and(|rest| is_like(rest, after))
+        }),
+    }
 }
 
 /// A step of a stack.
@@ -127,17 +161,83 @@ impl StackDef {
     pub fn applies_to(&self, role: &str) -> bool {
         self.roles.is_empty() || self.roles.iter().any(|known| known == role)
     }
+
+    /// Whether a node gets a step of the stack.
+    pub fn gets(&self, step: &StepDef, node: &Node) -> bool {
+        self.applies_to(&node.role) && applies(&step.on, node)
+    }
+
+    /// A source by name.
+    pub fn source(&self, name: &str) -> Option<&Source> {
+        self.sources.iter().find(|source| source.name == name)
+    }
+
+    /// The plain sources that `source` can stand for; itself if it is one.
+    pub fn plain<'s>(&'s self, source: &'s str) -> Vec<&'s str> {
+        match self.source(source) {
+            Some(known) if !known.first_of.is_empty() => known.first_of.iter().map(String::as_str).collect(),
+            _ => vec![source],
+        }
+    }
+
+    /// Whether an option can have a value with a plain source. One that the stack does not have can't.
+    pub fn allows(&self, source: &str, option: &str, value: &str) -> bool {
+        self.options.iter().any(|known| known.name == option && known.is_for(source) && known.allows(value))
+    }
+
+    /// What to do instead where a plain source can't be had: a line for each that stands beside it in another source.
+    pub fn ways_beside(&self, source: &str) -> String {
+        let with_it = |known: &&Source| known.first_of.iter().any(|name| name == source);
+        let beside: Vec<&String> =
+            self.sources.iter().filter(with_it).flat_map(|known| &known.first_of).collect();
+        let others =
+            self.sources.iter().filter(|known| known.name != source && beside.contains(&&known.name));
+        let line = |other: &Source| {
+            let how = other.hint.as_ref().unwrap_or(&other.description);
+            format!("\n  or source = \"{}\" in the labfile: {how}", other.name)
+        };
+        others.map(line).collect()
+    }
+
+    /// Gives options that are not set the defaults that they have with a plain source, or, if they are for others alone,
+    /// with those: scripts find all of them.
+    pub fn fill_in(&self, source: &str, options: &mut BTreeMap<String, String>) {
+        let (of_it, of_others): (Vec<_>, Vec<_>) =
+            self.options.iter().partition(|option| option.is_for(source));
+        for option in of_it.into_iter().chain(of_others) {
+            if let Some(default) = &option.default {
+                options.entry(option.name.clone()).or_insert_with(|| default.clone());
+            }
+        }
+    }
 }
 
-/// The stack that a labfile uses, with the steps for its source only.
+/// The stack that a labfile uses, with the steps for all sources.
+///
+/// # Errors
+/// What has become wrong with it, or that it is no longer there.
+pub fn definition(used: &Stack) -> Result<StackDef, Error> {
+    match &used.folder {
+        Some(folder) => load::from_folder(folder),
+        None => load::from_binary(&used.name),
+    }
+}
+
+/// The stack that a labfile uses, with the steps for its source only, which is a plain one.
 ///
 /// # Errors
 /// What has become wrong with it, or that it is no longer there.
 pub fn load(used: &Stack) -> Result<StackDef, Error> {
-    let mut stack = match &used.folder {
-        Some(folder) => load::from_folder(folder)?,
-        None => load::from_binary(&used.name)?,
-    };
+    let mut stack = definition(used)?;
+    if stack.source(&used.source).is_some_and(|source| !source.first_of.is_empty()) {
+        let message =
+            format!("the source `{}` of the stack stands for another one, which is not chosen", used.source);
+        return Err(Error::of_file(
+            Path::new("stacks").join(&used.name),
+            message,
+            "name a source in the labfile",
+        ));
+    }
     stack.steps.retain(|step| step.source.as_ref().is_none_or(|source| *source == used.source));
     Ok(stack)
 }
@@ -187,8 +287,6 @@ pub fn names(beside: &Path) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     fn used(name: &str, folder: Option<PathBuf>, source: &str) -> Stack {
@@ -199,7 +297,7 @@ mod tests {
     fn own_stacks_are_right() {
         for name in own_names() {
             let stack = own(name).unwrap().unwrap_or_else(|wrong| panic!("{wrong}"));
-            for source in &stack.sources {
+            for source in stack.sources.iter().filter(|source| source.first_of.is_empty()) {
                 let loaded = load(&used(name, None, &source.name)).unwrap();
                 assert!(!loaded.steps.is_empty(), "{name} has no step for {}", source.name);
             }
@@ -243,6 +341,29 @@ mod tests {
         assert!(step("packages").bundle.iter().any(|file| file.contains("{version}")));
         assert!(step("init").gives.iter().any(|file| step("join").takes.contains(file)));
         assert_eq!(step("drain").kind, Kind::Leave);
+    }
+
+    /// One constant says which version of Kubernetes comes from upstream, and its form is checked before a node is.
+    #[test]
+    fn kubernetes_has_a_version_of_its_own_from_upstream() {
+        let stack = own("kubernetes").unwrap().unwrap();
+        let version = |source: &str| {
+            let mut options = BTreeMap::new();
+            stack.fill_in(source, &mut options);
+            options.remove("version").unwrap()
+        };
+        assert_eq!(version("bundle"), "");
+        assert!(stack.allows("upstream", "version", &version("upstream")));
+        for wrong in ["", "1.36.2", "1.", "1.x", "2.36", "1.36 ", "1"] {
+            assert!(!stack.allows("upstream", "version", wrong), "{wrong}");
+        }
+        assert!(stack.allows("bundle", "version", "1.36.2"));
+        assert_eq!(stack.plain(&stack.sources[0].name), ["bundle", "upstream"]);
+        // Scripts find every option, whatever source it is for.
+        let mut options = BTreeMap::from([("network".to_owned(), "calico".to_owned())]);
+        stack.fill_in("bundle", &mut options);
+        assert_eq!((options["metrics_server"].as_str(), options["network"].as_str()), ("false", "calico"));
+        assert!(load(&used("kubernetes", None, "auto")).unwrap_err().to_string().contains("not chosen"));
     }
 
     /// The files that own stacks take along: stack, name, text.

@@ -1,10 +1,6 @@
 # What a node of a cluster needs: the container runtime and tools from Debian's archive, Kubernetes' own programs from
 # the bundle.
 set -eu
-if [ "$LAB_OPT_NETWORK" != bridge ]; then
-    echo "network = \"$LAB_OPT_NETWORK\" needs source = \"upstream\": a bundle has no other than bridge" >&2
-    exit 1
-fi
 # Debian 13's containerd is the last that talks to the kubelets of before 1.23; it knows the later ones, too.
 needed="containerd runc containernetworking-plugins iptables conntrack socat openssl zstd"
 [ "$LAB_OPT_STORAGE" != nfs ] || needed="$needed nfs-kernel-server nfs-common"

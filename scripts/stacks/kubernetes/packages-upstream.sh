@@ -2,10 +2,6 @@
 # is older than Kubernetes from 1.37 on wants it.
 # https://kubernetes.io/docs/setup/production-environment/tools/kubeadm/install-kubeadm/
 set -eu
-if ! echo "$LAB_OPT_VERSION" | grep -Eqx '1\.[0-9]+'; then
-    echo "source = \"upstream\" needs the minor version, as in version = \"1.36\"; the labfile has '$LAB_OPT_VERSION'" >&2
-    exit 1
-fi
 # Of isv:kubernetes OBS Project <isv:kubernetes@build.opensuse.org>, which signs all minor versions.
 url="https://pkgs.k8s.io/core:/stable:/v$LAB_OPT_VERSION/deb/"
 repository kubernetes "$url" / "" "${url}Release.key" DE15B14486CD377B9E876E1A234654DA9A296436

@@ -177,7 +177,13 @@ impl Home<'_> {
             let path = format!("layers/{key}/layer.json");
             same(&path, &self.paths.home().join(&path))
         };
-        Ok(layers.iter().all(is_there) && same(&format!("{BUNDLES}/{SUMS}"), &self.bundles.join(SUMS)))
+        let sums = format!("{BUNDLES}/{SUMS}");
+        let files = match table.files.iter().any(|entry| entry.path == sums) {
+            true => same(&sums, &self.bundles.join(SUMS)),
+            // Those of an earlier bundle would be taken for this one's.
+            false => !self.bundles.exists(),
+        };
+        Ok(files && layers.iter().all(is_there))
     }
 
     /// Gives what was unpacked its places.
@@ -194,13 +200,46 @@ impl Home<'_> {
             }
         }
         let files = root.join(BUNDLES);
+        clear(&self.bundles)?;
         if files.exists() {
-            clear(&self.bundles)?;
             if let Some(parent) = self.bundles.parent() {
                 private_dir(parent)?;
             }
             fs::rename(&files, &self.bundles).map_err(|source| Error::write(&self.bundles, source))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Which source a lab has that leaves it open is seen by the files that came with its bundle.
+    #[test]
+    fn the_files_of_an_earlier_bundle_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::at(dir.path(), dir.path());
+        let (home, root) =
+            (Home { paths: &paths, bundles: paths.offline_bundle("demo") }, dir.path().join("new"));
+        let table = Table {
+            format: FORMAT,
+            lab_version: "1".into(),
+            lab: "demo".into(),
+            snapshot: None,
+            created_s: 0,
+            data_bytes: 0,
+            files: Vec::new(),
+        };
+        assert!(home.has_all(&table).unwrap());
+        fs::create_dir_all(&home.bundles).unwrap();
+        fs::write(home.bundles.join(SUMS), "of an earlier one").unwrap();
+        assert!(!home.has_all(&table).unwrap());
+        home.take(&root, &table).unwrap();
+        assert!(!home.bundles.exists() && home.has_all(&table).unwrap());
+        fs::create_dir_all(root.join(BUNDLES)).unwrap();
+        fs::write(root.join(BUNDLES).join(SUMS), "of this one").unwrap();
+        home.take(&root, &table).unwrap();
+        assert_eq!(fs::read_to_string(home.bundles.join(SUMS)).unwrap(), "of this one");
     }
 }
