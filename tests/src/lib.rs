@@ -1,8 +1,8 @@
 //! The harness that the end-to-end tests share: labs of their own, driven by the real `lab` command, on this machine's
 //! KVM where that works and in the emulated host otherwise. The choice is lab's own.
 //!
-//! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs. What a test prints tells
-//! `run-tests` whether it gets on.
+//! `scripts/test` sets LAB_HOME and builds the images first; run alone, a test builds what it needs. What a test prints
+//! tells `run-tests` whether it gets on.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -291,7 +291,8 @@ pub fn on_host(script: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// Runs a command with input to its end. Tells that it begins, what it says on standard error as it comes, and how it ended.
+/// Runs a command with input to its end. Tells that it begins, what it says on standard error as it comes, and how it
+/// ended.
 pub fn output(mut command: Command, input: &[u8]) -> Output {
     let started = Instant::now();
     let tell = |line: String| {
@@ -299,7 +300,7 @@ pub fn output(mut command: Command, input: &[u8]) -> Output {
             eprintln!("    {line}");
         }
     };
-    tell(format!("{command:?}"));
+    tell(shown(&command));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     // SAFETY: between fork and exec, prctl(2) is async-signal-safe and touches no memory of the parent.
     unsafe {
@@ -330,6 +331,13 @@ pub fn output(mut command: Command, input: &[u8]) -> Output {
     let status = child.wait().unwrap();
     tell(format!("{status} after {:.1} s", started.elapsed().as_secs_f64()));
     Output { status, stdout, stderr }
+}
+
+/// A command as it may be typed, on one line.
+fn shown(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words = [program].into_iter().chain(command.get_args());
+    words.map(|word| word.to_string_lossy().replace('\n', "\\n")).collect::<Vec<_>>().join(" ")
 }
 
 /// All that a command said.
@@ -426,4 +434,47 @@ pub fn long(what: &str) -> bool {
         eprintln!("SKIPPED: {what}: LAB_TEST_LONG is not set (scripts/soak sets it)");
     }
     long
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_is_shown_on_one_line_and_what_it_says_is_kept() {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "echo out\ncat\necho err >&2; exit 3"]);
+        assert_eq!(shown(&command), "sh -c echo out\\ncat\\necho err >&2; exit 3");
+        let output = output(command, b"in\n");
+        assert_eq!(output.status.code(), Some(3));
+        assert_eq!((&*output.stdout, &*output.stderr), (&b"out\nin\n"[..], &b"err\n"[..]));
+    }
+
+    /// Seen from outside: this test once more, in a process of its own.
+    #[test]
+    fn what_a_command_says_is_told_at_once_and_it_ends_with_the_test() {
+        const INSIDE: &str = "LAB_TEST_INSIDE";
+        if std::env::var_os(INSIDE).is_some() {
+            let mut command = Command::new("sh");
+            command.args(["-c", "echo $$ >&2; exec sleep 1000"]);
+            output(command, b"");
+        }
+        let mut test = Command::new(std::env::current_exe().unwrap());
+        let name = "tests::what_a_command_says_is_told_at_once_and_it_ends_with_the_test";
+        test.args(["--exact", name, "--nocapture"]).env(INSIDE, "1");
+        let mut test = test.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(test.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let pid = lines.find_map(|line| line.trim().parse::<u32>().ok()).unwrap();
+        test.kill().unwrap();
+        test.wait().unwrap();
+        let end = Instant::now() + Duration::from_secs(20);
+        let runs = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+            stat.is_ok_and(|stat| !stat.contains(") Z "))
+        };
+        while runs() {
+            assert!(Instant::now() < end, "the command runs on");
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
 }

@@ -184,7 +184,7 @@ fn tests(run: &Watched<'_>) -> Result<Vec<Test>, Error> {
             true
         })?;
     }
-    say(&format!("{} tests in {}", found.len(), span(started.elapsed().as_secs_f64())));
+    say(&format!("{} tests, built in {}", found.len(), span(started.elapsed().as_secs_f64())));
     let rows = table::rows()?;
     let place = |name: &str| rows.iter().position(|row| row.name == name);
     found.sort_by_key(|(name, _, _)| place(name).unwrap_or(rows.len()));

@@ -1,5 +1,5 @@
-//! Where tests run: the `lab` program, its LAB_HOME, and the folder in which tests make theirs. What a test that was ended
-//! has left there is removed.
+//! Where tests run: the `lab` program, its LAB_HOME, and the folder in which tests make theirs. What a test that was
+//! ended has left there is removed.
 
 use std::{
     fs, io,
@@ -81,8 +81,8 @@ impl Place {
         Ok(took)
     }
 
-    /// Ends and removes all that was left by a test: other homes' emulated hosts and labs, then this one's, and what is in
-    /// the folder of tests. Says what can't be ended.
+    /// Ends and removes all that was left by a test: other homes' emulated hosts and labs, then this one's, and what is
+    /// in the folder of tests. Says what can't be ended.
     pub fn clean(&self) -> Result<(), String> {
         let mut left = Vec::new();
         let others = fs::read_dir(&self.scratch).into_iter().flatten().flatten().map(|entry| entry.path());

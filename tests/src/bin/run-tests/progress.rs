@@ -1,4 +1,5 @@
-//! Whether a test gets on, by what it prints: each line is a step forward, but for one that only says again what goes on.
+//! Whether a test gets on, by what it prints: each line is a step forward, but for one that only says again what goes
+//! on.
 
 use std::{
     collections::HashMap,

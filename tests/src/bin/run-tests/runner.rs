@@ -59,10 +59,13 @@ pub struct Runner<'p> {
 }
 
 impl Runner<'_> {
-    /// Runs the tests that the time suffices for, and says which it does not suffice for. False if this program was told
-    /// to end.
+    /// Runs the tests that the time suffices for, and says which it does not suffice for. False if this program was
+    /// told to end.
     pub fn run(&mut self, signals: &Signals) -> bool {
         loop {
+            if signals.have_come() {
+                return false;
+            }
             let left_s = self.left_s();
             let candidates: Vec<_> = self.tests.iter().map(|test| self.candidate(test)).collect();
             let Some(index) = schedule::next(&candidates, left_s) else { break };
@@ -210,21 +213,33 @@ mod tests {
             Test { row, program: self.script(name, script), function: name.into() }
         }
 
-        /// Runs tests on a machine that is as slow as that of the table; the counts, the failures and all that was told.
-        fn run(&self, tests: Vec<Test>, end: Duration, hang: Duration) -> (Vec<usize>, Vec<String>, String) {
-            let mut told = String::new();
-            let mut runner = Runner {
+        /// Tests on a machine that is as slow as that of the table.
+        fn runner<'s>(
+            &'s self,
+            tests: Vec<Test>,
+            end: Duration,
+            hang: Duration,
+            say: &'s mut dyn FnMut(&str),
+        ) -> Runner<'s> {
+            Runner {
                 tests,
                 place: &self.place,
                 record: Record::read(Some(self.dir.path().join("record"))),
                 speed: Speed::of_boot(schedule::BOOT_S),
                 times: Times { end: Instant::now() + end, hang, grace: Duration::from_secs(10) },
                 tally: Tally::default(),
-                say: &mut |line| {
-                    told += line;
-                    told += "\n";
-                },
+                say,
+            }
+        }
+
+        /// Runs tests; the counts, the failures and all that was told.
+        fn run(&self, tests: Vec<Test>, end: Duration, hang: Duration) -> (Vec<usize>, Vec<String>, String) {
+            let mut told = String::new();
+            let mut say = |line: &str| {
+                told += line;
+                told += "\n";
             };
+            let mut runner = self.runner(tests, end, hang, &mut say);
             let (signals, _none) = Signals::by_hand();
             assert!(runner.run(&signals));
             let result = runner.tally.result();
@@ -291,6 +306,16 @@ mod tests {
             "{told}"
         );
         assert!(all.calls().contains("ls -o json"), "what it left was looked for");
+    }
+
+    #[test]
+    fn on_a_signal_nothing_more_is_run() {
+        let all = StandIns::new();
+        let (signals, sender) = Signals::by_hand();
+        drop(sender);
+        let mut runner = all.runner(vec![all.test("good", 1.0, GOOD)], LONG, LONG, &mut |_| ());
+        assert!(!runner.run(&signals));
+        assert_eq!(runner.tally.result(), "0 0 0\n");
     }
 
     /// What `lab ls` tells of a lab of a test, and of somebody else's.

@@ -41,8 +41,8 @@ pub struct Candidate {
     pub essential: bool,
 }
 
-/// Index of the test that comes next, of those in the order in which they have their place; `None` if none fits into the
-/// time that is left, in seconds.
+/// Index of the test that comes next, of those in the order in which they have their place; `None` if none fits into
+/// the time that is left, in seconds.
 pub fn next(candidates: &[Candidate], left_s: f64) -> Option<usize> {
     let mut by_place: Vec<_> = candidates.iter().enumerate().collect();
     by_place.sort_by_key(|(_, test)| !test.essential);

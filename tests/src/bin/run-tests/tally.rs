@@ -28,6 +28,11 @@ pub struct Said {
 impl Said {
     /// Takes note of a line.
     pub fn line(&mut self, line: &str) {
+        // The first follows what the program of tests says of it.
+        let line = line
+            .strip_prefix("test ")
+            .and_then(|rest| rest.split_once(" ... "))
+            .map_or(line, |(_, said)| said);
         if let Some(why) = line.strip_prefix("SKIPPED: ") {
             self.skipped = Some(why.into());
         }
@@ -134,6 +139,8 @@ mod tests {
             judged(status(0), 0, &["SKIPPED: a thing: not here", good]),
             Verdict::Skipped("a thing: not here".into())
         );
+        let first = "test a_thing ... SKIPPED: a thing: not here";
+        assert_eq!(judged(status(0), 0, &[first, good]), Verdict::Skipped("a thing: not here".into()));
         // What a command of the test says is indented.
         assert_eq!(judged(status(0), 0, &["  SKIPPED: a thing", good]), Verdict::Passed);
         let none = "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 1 filtered out";

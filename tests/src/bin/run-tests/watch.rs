@@ -1,5 +1,5 @@
-//! One command, watched: what it prints is passed on as it comes, and it is stopped, with all that it started, at its end
-//! or when it has not got on for too long.
+//! One command, watched: what it prints is passed on as it comes, and it is stopped, with all that it started, at its
+//! end or when it has not got on for too long.
 
 use std::{
     fs::File,
@@ -72,6 +72,12 @@ impl Signals {
             signal_hook::low_level::pipe::register(signal, sender.try_clone()?)?;
         }
         Ok(Self(receiver))
+    }
+
+    /// Whether there was one.
+    pub fn have_come(&self) -> bool {
+        let mut waits = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut waits, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|count| count > 0)
     }
 
     /// None, until something is written to the other end.
@@ -164,8 +170,8 @@ fn stop(
             break;
         }
     }
-    // Others of its group, such as a `lab` that ends what it has carried into the emulated host. They are not ours: there
-    // is nothing to wait for.
+    // Others of its group, such as a `lab` that ends what it has carried into the emulated host. They are no children of
+    // this process, so there is nothing to wait for.
     while has_members(group) && Instant::now() < end {
         std::thread::sleep(Duration::from_millis(50));
     }
