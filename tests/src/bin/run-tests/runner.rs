@@ -313,7 +313,8 @@ mod tests {
         let all = StandIns::new();
         let (signals, sender) = Signals::by_hand();
         drop(sender);
-        let mut runner = all.runner(vec![all.test("good", 1.0, GOOD)], LONG, LONG, &mut |_| ());
+        let mut say = |_: &str| ();
+        let mut runner = all.runner(vec![all.test("good", 1.0, GOOD)], LONG, LONG, &mut say);
         assert!(!runner.run(&signals));
         assert_eq!(runner.tally.result(), "0 0 0\n");
     }
