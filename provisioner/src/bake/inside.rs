@@ -128,6 +128,7 @@ fn give(control: &UnixStream, socket: &TcpListener) -> io::Result<()> {
 fn run_step(step: &InsideStep) -> Result<u8, Error> {
     let action = "run the step";
     let plan = StepPlan {
+        parent: std::process::id(),
         root: ROOT.into(),
         script: step.script.clone(),
         environment: step.environment.clone(),

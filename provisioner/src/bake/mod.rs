@@ -90,6 +90,8 @@ struct InsideStep {
 /// What the process of one step is told.
 #[derive(Debug, Serialize, Deserialize)]
 struct StepPlan {
+    /// Process id of who waits for it.
+    parent: u32,
     /// The folder that becomes its root.
     root: PathBuf,
     /// As in [`InsideStep`].

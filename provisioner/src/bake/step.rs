@@ -16,6 +16,7 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_change, unmount},
     process::{Pid, Signal, WaitOptions, waitpid},
     thread::UnshareFlags,
@@ -35,13 +36,24 @@ const PROXY: &str = "run/lab/apt-proxy";
 /// Runs as the process that waits for the step, and as the step; the status that it ends with.
 pub fn run() -> Result<u8, Error> {
     let step: StepPlan = plan()?;
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(failed("be ended with the bake"))?;
+    // Who waits may have ended before that.
+    if rustix::process::getppid().is_none_or(|pid| pid.as_raw_nonzero().get() != step.parent as i32) {
+        return Ok(1);
+    }
+    // The step's end of it tells whether this process lives.
+    let (alive, held) = io::pipe().map_err(failed("make a pipe"))?;
     // SAFETY: this process has one thread, and no file descriptors are unshared.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID | UnshareFlags::NEWNS) }
         .map_err(failed("make namespaces"))?;
     // SAFETY: this process has one thread: the child may do anything.
     match unsafe { libc::fork() } {
         -1 => Err(failed("start a process")(io::Error::last_os_error())),
-        0 => Err(become_step(&step)),
+        0 => {
+            drop(held);
+            Err(become_step(&step, &alive))
+        }
         child => {
             let child = Pid::from_raw(child);
             match waitpid(child, WaitOptions::empty()).map_err(failed("wait for the step"))? {
@@ -52,13 +64,15 @@ pub fn run() -> Result<u8, Error> {
     }
 }
 
-/// Becomes the step's shell; returns why it can't.
-fn become_step(step: &StepPlan) -> Error {
+/// Becomes the step's shell; returns why it can't. `alive` has an end when the process that waits for it has ended.
+fn become_step(step: &StepPlan, alive: &io::PipeReader) -> Error {
     let prepared = rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
-        .map_err(failed("be ended with the bake"))
-        .and_then(|()| root(step));
-    if let Err(error) = prepared {
-        return error;
+        .and_then(|()| poll(&mut [PollFd::new(alive, PollFlags::IN)], Some(&Timespec::default())))
+        .map_err(failed("be ended with the bake"));
+    match prepared.map(|ended| (ended, root(step))) {
+        Ok((0, Ok(()))) => {}
+        Ok((_, Ok(()))) => return failed("be ended with the bake")(io::Error::from(io::ErrorKind::BrokenPipe)),
+        Ok((_, Err(error))) | Err(error) => return error,
     }
     let null = |read: bool| File::options().read(read).write(!read).open("/dev/null");
     let mut shell = Command::new("/bin/sh");
