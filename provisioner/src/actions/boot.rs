@@ -31,11 +31,6 @@ const START_LIMIT_S: u32 = 10;
 /// Time between two looks for that answer, with KVM.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// What the kernel of a node is told in the emulated host, after what its image says. Its processor has nothing to mitigate,
-/// where the mitigations are dear: every return and every indirect call of the kernel is one. So are waits for RCU, and
-/// repeated string instructions, by which a kernel that has `rep_good` clears and copies pages.
-const EMULATED_CMDLINE: &str = "mitigations=off rcupdate.rcu_expedited=1 clearcpuid=rep_good";
-
 /// Starts a node's machine.
 pub struct Boot {
     /// The node.
@@ -136,15 +131,6 @@ impl Action for Boot {
     }
 }
 
-/// The kernel's command line: what the image says, and what node it is.
-fn cmdline(image: &str, machine_id: &str, emulated: bool) -> String {
-    let extra = std::env::var("LAB_X").unwrap_or(EMULATED_CMDLINE.into());
-    match emulated {
-        true => format!("{image} {extra} systemd.machine_id={machine_id}"),
-        false => format!("{image} systemd.machine_id={machine_id}"),
-    }
-}
-
 impl Boot {
     /// Whether the machine is paused: by a command that was interrupted.
     fn stands_still(&self, lab: &Lab) -> bool {
@@ -172,7 +158,7 @@ impl Boot {
             name: name.clone(),
             kernel: image.join("kernel"),
             initrd: vec![image.join("initrd"), seed],
-            cmdline: cmdline(&manifest.cmdline, &record.machine_id, crate::host::is_slow()),
+            cmdline: format!("{} systemd.machine_id={}", manifest.cmdline, record.machine_id),
             cpus: self.node.cpus,
             memory_mib: self.node.memory_mib,
             disks,
