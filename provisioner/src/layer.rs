@@ -344,7 +344,11 @@ mod tests {
         let alone = steps(&["one", "other"]);
         store.remove(&keys[0]).unwrap();
         store.add(&alone[1], &Layer::new("s/other", "tiny-1", None, 50), &whole).unwrap();
-        assert_eq!([50, 40].map(|size| store.present(&alone, size).unwrap()), [2, 0], "it stands on the image");
+        assert_eq!(
+            [50, 40].map(|size| store.present(&alone, size).unwrap()),
+            [2, 0],
+            "it stands on the image"
+        );
         store.remove(&alone[1]).unwrap();
         make(0, 50);
 

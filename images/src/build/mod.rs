@@ -346,9 +346,16 @@ mod tests {
         fs::write(tree.join("etc/motd"), "hello").unwrap();
         let image = folder.path().join("image");
         let shell = |size: &str| {
-            let tar = format!("tar -C {} -c . | sh -c \"$1\" sh {size} \"${{@:2}}\" >{}", tree.display(), image.display());
+            let tar = format!(
+                "tar -C {} -c . | sh -c \"$1\" sh {size} \"${{@:2}}\" >{}",
+                tree.display(),
+                image.display()
+            );
             let mut command = Command::new("bash");
-            command.args(["-o", "pipefail", "-c", &tar, "bash", ASSEMBLE]).args(MKE2FS).env("TMPDIR", folder.path());
+            command
+                .args(["-o", "pipefail", "-c", &tar, "bash", ASSEMBLE])
+                .args(MKE2FS)
+                .env("TMPDIR", folder.path());
             command::run(command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap())))
         };
         shell("16M").unwrap();

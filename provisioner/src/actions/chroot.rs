@@ -38,7 +38,8 @@ pub fn bake(lab: &Lab) -> Result<(), Error> {
             layers.push(step);
         }
         let digests: Vec<String> = layers.iter().map(Script::digest).collect();
-        let known = chains.iter().any(|chain| chain.image == node.image && chain.digests.starts_with(&digests));
+        let known =
+            chains.iter().any(|chain| chain.image == node.image && chain.digests.starts_with(&digests));
         if !layers.is_empty() && !known && lab.record_of(&node.name)?.is_none() {
             chains.push(Chain { image: node.image.clone(), steps: layers, digests });
         }
@@ -100,7 +101,8 @@ impl Chain {
             (Err(Failed::Bake(error)), Some(task)) => {
                 clear(&build, &task)?;
                 task.failed();
-                lab.progress.say(&format!("{}: baked in a node, since without one {error}", lab.topology.name));
+                lab.progress
+                    .say(&format!("{}: baked in a node, since without one {error}", lab.topology.name));
             }
             (Err(Failed::Other(error)), _) => return Err(*error),
             (_, None) => {}
@@ -152,8 +154,11 @@ impl Chain {
         let mut todo = Vec::new();
         for (index, step) in self.steps.iter().enumerate() {
             let disk = missing.iter().find(|layer| layer.count == index + 1).map(|layer| {
-                let file = File::create(&layer.disk)
-                    .map_err(|source| Error::Io { action: "make", path: layer.disk.clone(), source })?;
+                let file = File::create(&layer.disk).map_err(|source| Error::Io {
+                    action: "make",
+                    path: layer.disk.clone(),
+                    source,
+                })?;
                 Ok::<_, Error>(bake::Disk { file, bytes: layer.node.disk_bytes })
             });
             todo.push(bake::Step {
@@ -168,8 +173,11 @@ impl Chain {
         let log = lab.paths.home().join("layers").join("bake.log");
         let mut at = 0;
         let mut made = Vec::new();
-        let program = std::env::current_exe()
-            .map_err(|source| Error::Io { action: "find", path: "this program".into(), source })?;
+        let program = std::env::current_exe().map_err(|source| Error::Io {
+            action: "find",
+            path: "this program".into(),
+            source,
+        })?;
         let ran = bake::run(&program, archive, &todo, &packages, &log, limit, &mut |event| match event {
             bake::Event::Begins(number) if number > at => {
                 at = number;
@@ -192,7 +200,7 @@ impl Chain {
             drop(std::fs::remove_file(&layer.disk));
         }
         taken?;
-        ran.map_err(|error| Failed::Bake(error))
+        ran.map_err(Failed::Bake)
     }
 
     /// Makes a layer of a disk.

@@ -96,9 +96,8 @@ pub fn apply() -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         }
     }
-    let condition = |index, length, op, value| {
-        SeccompCondition::new(index, length, op, value).map_err(io::Error::other)
-    };
+    let condition =
+        |index, length, op, value| SeccompCondition::new(index, length, op, value).map_err(io::Error::other);
     let mut refused = refuse(REFUSED, Vec::new);
     let mut other_sockets = Vec::new();
     for kind in SOCKETS {

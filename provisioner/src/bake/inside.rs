@@ -30,9 +30,8 @@ const ROOT: &str = "/tmp";
 pub fn run() -> Result<u8, Error> {
     let plan: InsidePlan = plan()?;
     // SAFETY: the descriptors were opened for this process, and nothing else in it uses them.
-    let (archive, control) = unsafe {
-        (OwnedFd::from_raw_fd(plan.archive), UnixStream::from(OwnedFd::from_raw_fd(plan.control)))
-    };
+    let (archive, control) =
+        unsafe { (OwnedFd::from_raw_fd(plan.archive), UnixStream::from(OwnedFd::from_raw_fd(plan.control))) };
     // Steps have none of it: what is at the other end sees the end of this process.
     for descriptor in [archive.as_fd(), control.as_fd()] {
         rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC).map_err(failed("close on exec"))?;
@@ -102,7 +101,11 @@ fn unpack(archive: OwnedFd) -> Result<(), Error> {
     let status = tar.wait().map_err(failed(action))?;
     // What the archive leaves out: whoever boots mounts a devtmpfs there.
     let made = fs::create_dir_all(Path::new(ROOT).join("dev"));
-    if status.success() { made.map_err(failed(action)) } else { Err(failed(action)(io::Error::other(status.to_string()))) }
+    if status.success() {
+        made.map_err(failed(action))
+    } else {
+        Err(failed(action)(io::Error::other(status.to_string())))
+    }
 }
 
 /// A socket that steps reach at the loopback of their network, which has nothing else.

@@ -102,7 +102,8 @@ pub fn run(
             })
             .collect(),
     };
-    let plan = serde_json::to_vec(&plan).map_err(|error| failed("say what is to be done")(io::Error::from(error)))?;
+    let plan = serde_json::to_vec(&plan)
+        .map_err(|error| failed("say what is to be done")(io::Error::from(error)))?;
     let mut command = Command::new(lab);
     command.arg(INSIDE).current_dir("/");
     // SAFETY: between fork and exec, fcntl(2), prctl(2) and setsid(2) are async-signal-safe and touch no memory.
@@ -214,7 +215,8 @@ fn map(pid: u32) -> io::Result<()> {
             fs::write(format!("/proc/{pid}/{file}"), format!("0 {first} {IDS}\n"))?;
             continue;
         }
-        let first = range.ok_or_else(|| io::Error::other(format!("{name} gives this user no {IDS} numbers")))?;
+        let first =
+            range.ok_or_else(|| io::Error::other(format!("{name} gives this user no {IDS} numbers")))?;
         let map = format!("{pid} 0 {own} 1 1 {first} {}", IDS - 1);
         let output = Command::new(program).args(map.split(' ')).output()?;
         if !output.status.success() {

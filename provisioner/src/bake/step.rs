@@ -71,7 +71,9 @@ fn become_step(step: &StepPlan, alive: &io::PipeReader) -> Error {
         .map_err(failed("be ended with the bake"));
     match prepared.map(|ended| (ended, root(step))) {
         Ok((0, Ok(()))) => {}
-        Ok((_, Ok(()))) => return failed("be ended with the bake")(io::Error::from(io::ErrorKind::BrokenPipe)),
+        Ok((_, Ok(()))) => {
+            return failed("be ended with the bake")(io::Error::from(io::ErrorKind::BrokenPipe));
+        }
         Ok((_, Err(error))) | Err(error) => return error,
     }
     let null = |read: bool| File::options().read(read).write(!read).open("/dev/null");
@@ -140,8 +142,11 @@ fn root(step: &StepPlan) -> Result<(), Error> {
             return Err(failed("unpack the step's files")(io::Error::other(unpacked.to_string())));
         }
     }
-    mount_change("/", rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC)
-        .map_err(failed("keep mounts apart"))?;
+    mount_change(
+        "/",
+        rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC,
+    )
+    .map_err(failed("keep mounts apart"))?;
     rustix::process::chdir(&step.root).map_err(failed("enter the image's files"))?;
     // Both at one place (pivot_root(2)): the old root lies upon the new one, until it is taken away.
     rustix::process::pivot_root(".", ".").map_err(failed("make the image's files the root"))?;

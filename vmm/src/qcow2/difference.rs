@@ -42,7 +42,9 @@ pub fn difference(disk: &Path, base: &Path, target: &Path) -> Result<(), Error> 
             let beneath = read(&below, &mut there, offset)?;
             there.get_mut(beneath..).unwrap_or_default().fill(0);
             let pieces = here.get(..length).unwrap_or_default().chunks(cluster);
-            for ((place, piece), beneath) in (offset..).step_by(cluster).zip(pieces).zip(there.chunks(cluster)) {
+            for ((place, piece), beneath) in
+                (offset..).step_by(cluster).zip(pieces).zip(there.chunks(cluster))
+            {
                 match beneath.get(..piece.len()) == Some(piece) {
                     true => {}
                     false if piece.iter().all(|byte| *byte == 0) => {
@@ -55,10 +57,7 @@ pub fn difference(disk: &Path, base: &Path, target: &Path) -> Result<(), Error> 
         }
         Ok(())
     })();
-    copied
-        .and_then(|()| to.access.flush())
-        .and_then(|()| to.file.sync_all())
-        .map_err(failed)
+    copied.and_then(|()| to.access.flush()).and_then(|()| to.file.sync_all()).map_err(failed)
 }
 
 /// Reads up to the end of the file or of the buffer; how much there is.
