@@ -70,10 +70,15 @@ enum Error {
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let clean = || Place::from_env().and_then(|place| place.clean()).map_err(Error::Other);
     let done = match arguments[..] {
-        ["clean"] => Place::from_env().and_then(|place| place.clean()).map(|()| true).map_err(Error::Other),
+        ["clean"] => clean().map(|()| true),
         [seconds, result] => match seconds.parse() {
-            Ok(seconds) => all(Duration::from_secs(seconds), Path::new(result)),
+            // scripts/test cleans at its end, unless that was killed.
+            Ok(seconds) => all(Duration::from_secs(seconds), Path::new(result)).or_else(|error| {
+                clean()?;
+                Err(error)
+            }),
             Err(_) => Err(Error::Other(USAGE.into())),
         },
         _ => Err(Error::Other(USAGE.into())),
@@ -124,8 +129,6 @@ fn all(time: Duration, result: &Path) -> Result<bool, Error> {
     let times = Times { end, hang: HANG, grace: GRACE };
     let mut runner = Runner { tests, place: &place, record, speed, times, tally, say: &mut say };
     if !runner.run(&signals) {
-        // scripts/test does so, too, unless it is what was ended.
-        place.clean().map_err(Error::Other)?;
         return Err(Error::Interrupted);
     }
     let tally = runner.tally;
