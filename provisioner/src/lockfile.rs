@@ -186,7 +186,12 @@ fn inputs(lab: &Lab) -> Result<(Inputs, Vec<String>), actions::Error> {
         // The same wherever its folder is.
         let definition = stack::StackDef { folder: None, ..stack::load(used)? };
         let text = serde_json::to_string(&definition).unwrap_or_default();
-        let (source, options) = (used.source.clone(), used.options.clone());
+        // Of a text, what tells it from another.
+        let option = |(name, value): (&String, &String)| {
+            let value = if value.contains('\n') { digest([value.as_str()]) } else { value.clone() };
+            (name.clone(), value)
+        };
+        let (source, options) = (used.source.clone(), used.options.iter().map(option).collect());
         let bundle = actions::bundle_files(lab, used)?;
         let bundle = bundle.into_iter().map(|file| (file.file_name(), file.sha256)).collect();
         let stack = Stack { digest: digest([text.as_str()]), source, options, bundle };
@@ -325,6 +330,9 @@ mod tests {
         assert!(said.starts_with("step same for all: was ") && said.lines().count() == 1, "{said}");
         let said = told(LABFILE, &LABFILE.replace("[stack.docker]", "[stack.docker]\nsource = \"upstream\""));
         assert!(said.contains("stack docker: was ") && said.contains(" from upstream"), "{said}");
+        let key = "[stack.kubernetes]\nsource = \"upstream\"\npackages_key = \"lab.toml\"\n";
+        let (with, _) = inputs(&lab(dir.path(), &format!("{LABFILE}{key}"))).unwrap();
+        assert_eq!(with.stack["kubernetes"].options["packages_key"].len(), 64, "a digest of the text");
         let said = told(LABFILE, "name = \"demo\"\n[node.a]\nimage = \"none\"\n");
         assert!(said.contains("is nothing") && said.lines().count() == 3, "{said}");
     }

@@ -37,17 +37,18 @@ download() {
 }
 
 # repository NAME URL SUITE COMPONENTS KEY_URL FINGERPRINT: a repository of packages beside Debian's. Its key is trusted by
-# its fingerprint, not by where it came from: a file with any other primary key is refused.
+# its fingerprint, not by where it came from: a file with any other primary key is refused. Without a fingerprint, KEY_URL
+# is a file of this node's, which is trusted as it is.
 repository() {
     packages ca-certificates gpg
     install -d -m 755 /etc/apt/keyrings
     key=/etc/apt/keyrings/$1.asc
-    download "$5" "$key.new"
+    if [ -n "${6:-}" ]; then download "$5" "$key.new"; else cp "$5" "$key.new"; fi
     found=$(gpg --batch --with-colons --show-keys "$key.new" |
         awk -F: '$1 == "pub" { wanted = 1 } $1 == "fpr" && wanted { print $10; wanted = 0 }')
-    if [ "$found" != "$6" ]; then
+    if [ -z "$found" ] || [ "$found" != "${6:-$found}" ]; then
         rm -f "$key.new"
-        echo "$5 is not the key of $1: its fingerprint is '$found', not $6" >&2
+        echo "$5 is not the key of $1: its fingerprint is '$found', not ${6:-that of a key}" >&2
         return 1
     fi
     chmod 644 "$key.new"

@@ -338,6 +338,7 @@ fn options_are_added_to_a_node_of_a_cluster() {
         ("LAB_OPT_LOAD_BALANCER", "192.168.60.200-192.168.60.210"),
         ("LAB_OPT_STORAGE", "nfs"),
         ("LAB_OPT_GATEWAY", "true"),
+        ("LAB_OPT_IMAGES", ""),
     ];
     fs::create_dir_all(node.path("etc/containerd")).unwrap();
     let settings = node.path("etc/containerd/config.toml");
@@ -357,4 +358,109 @@ fn options_are_added_to_a_node_of_a_cluster() {
     let later = all.strip_prefix(&made).unwrap();
     assert!(later.contains("pull components.yaml:1\n") && !later.contains("stop containerd"), "{later}");
     assert_eq!(fs::read_to_string(&settings).unwrap(), "of the cluster");
+}
+
+/// The key of pkgs.k8s.io.
+const UPSTREAM: &str = "DE15B14486CD377B9E876E1A234654DA9A296436";
+
+/// Runs packages-upstream.sh with these options; the calls, with apt's sources and settings when packages are installed.
+fn packages_upstream(options: &[(&str, &str)]) -> String {
+    let gpg = format!(
+        "case $(cat \"$4\") in *docker*) key=9DC858229FC7DD38854AE2D88D81803C0EBFCD88 ;; own*) key=0123 ;; *) key={UPSTREAM} ;; esac
+        printf 'pub:x\\nfpr:::::::::%s:\\n' $key"
+    );
+    let apt = r#"etc=${0%/bin/*}/etc/apt
+        case $* in *" install "*) cat "$etc"/*.d/* >> "${0%/bin/*}/calls" ;; esac"#;
+    let node = Node::new(&[
+        ("dpkg-query", ""),
+        ("dpkg", "[ \"$1\" != --print-architecture ] || echo amd64"),
+        ("apt-get", apt),
+        ("apt-helper", "echo \"$4\" > \"$5\""),
+        ("gpg", &gpg),
+        ("apt-mark", ""),
+        ("systemctl", ""),
+    ]);
+    for (file, text) in [
+        ("etc/apt/sources.list.d/debian.sources", ""),
+        ("etc/apt/apt.conf.d/70debconf", ""),
+        ("etc/apt/preferences.d/none", ""),
+        ("etc/os-release", "ID=debian\nVERSION_CODENAME=trixie\n"),
+    ] {
+        fs::create_dir_all(node.path(file).parent().unwrap()).unwrap();
+        fs::write(node.path(file), text).unwrap();
+    }
+    let unset = ["LAB_OPT_PACKAGES", "LAB_OPT_PACKAGES_KEY", "LAB_OPT_MIRROR_CA"].map(|name| (name, ""));
+    let set = [("LAB_OPT_VERSION", "1.36"), ("LAB_OPT_STORAGE", "none")];
+    let calls = node.run("packages-upstream.sh", &[&unset[..], &set[..], options].concat());
+    let left = node.path("etc/apt/sources.list.d/kubernetes.sources");
+    assert!(!left.exists() && !node.path("etc/apt/apt.conf.d/90lab-mirror").exists());
+    if let Some((_, ca)) = options.iter().find(|(name, _)| *name == "LAB_OPT_MIRROR_CA") {
+        let file = node.path("usr/local/share/ca-certificates/lab-mirror.crt");
+        assert_eq!(fs::read_to_string(file).unwrap().trim_end(), *ca);
+    }
+    calls
+}
+
+#[test]
+fn packages_come_from_upstream_or_its_mirror() {
+    let calls = packages_upstream(&[]);
+    let fetched = "download-file https://pkgs.k8s.io/core:/stable:/v1.36/deb/Release.key ";
+    assert!(calls.contains(fetched), "{calls}");
+    assert!(calls.contains("URIs: https://pkgs.k8s.io/core:/stable:/v1.36/deb/\nSuites: /\nArch"), "{calls}");
+    assert!(calls.contains("URIs: https://download.docker.com/linux/debian\nSuites: trixie\n"), "{calls}");
+    assert!(calls.contains("recommends containerd.io iptables"), "{calls}");
+    assert!(calls.contains("Pin: origin \"pkgs.k8s.io\"\n"), "{calls}");
+
+    // A mirror of what upstream has signed.
+    let mirror = ("LAB_OPT_PACKAGES", "https://mirror.example.org:8443/k8s/");
+    let calls = packages_upstream(&[mirror, ("LAB_OPT_MIRROR_CA", "a certificate\nof two lines")]);
+    let url = "https://mirror.example.org:8443/k8s/core:/stable:/v1.36/deb/";
+    assert!(calls.contains(&format!("download-file {url}Release.key ")), "{calls}");
+    assert!(calls.contains(&format!("URIs: {url}\n")) && !calls.contains("docker"), "{calls}");
+    assert!(calls.contains("Acquire::https::mirror.example.org::CaInfo \""), "{calls}");
+    assert!(calls.contains("Pin: origin \"mirror.example.org\"\n"), "{calls}");
+    assert!(calls.contains("recommends containerd runc iptables"), "{calls}");
+
+    // One that signs itself.
+    let calls = packages_upstream(&[mirror, ("LAB_OPT_PACKAGES_KEY", "own key")]);
+    assert!(!calls.contains("download-file") && !calls.contains("CaInfo"), "{calls}");
+    assert!(calls.contains(&format!("URIs: {url}\n")), "{calls}");
+}
+
+/// Images of a mirror get the names that everything else knows them by.
+#[test]
+fn images_come_from_a_mirror() {
+    let kubeadm = r#"case "$*" in
+        version*) echo v1.36.1 ;;
+        *list*) printf 'registry.k8s.io/%s\n' pause:3.10.1 coredns/coredns:v1.13.1 ;;
+        *) exit 1 ;;
+    esac"#;
+    // This one keeps the paths of upstream.
+    let ctr = "case $* in *pull*/coredns:v1.13.1) case $* in *coredns/coredns*) ;; *) exit 1 ;; esac ;; esac";
+    let node = Node::new(&[("kubeadm", kubeadm), ("ctr", ctr), ("systemctl", "")]);
+    let calls = node.run(
+        "images-upstream.sh",
+        &[
+            ("LAB_OPT_NETWORK", "bridge"),
+            ("LAB_OPT_METRICS_SERVER", "false"),
+            ("LAB_OPT_LOAD_BALANCER", ""),
+            ("LAB_OPT_GATEWAY", "false"),
+            ("LAB_OPT_STORAGE", "none"),
+            ("LAB_OPT_IMAGES", "registry.example.org:5000/k8s"),
+            ("LAB_OPT_MIRROR_CA", "a certificate"),
+        ],
+    );
+    for (there, here) in
+        [("pause:3.10.1", "pause:3.10.1"), ("coredns/coredns:v1.13.1", "coredns/coredns:v1.13.1")]
+    {
+        let tag =
+            format!("images tag --force registry.example.org:5000/k8s/{there} registry.k8s.io/{here}\n");
+        assert!(calls.contains(&tag), "{calls}");
+    }
+    assert_eq!(calls.matches("images pull --hosts-dir").count(), 5, "{calls}");
+    let hosts = node.path("etc/containerd/certs.d/registry.example.org:5000");
+    let settings = fs::read_to_string(hosts.join("hosts.toml")).unwrap();
+    assert!(settings.contains("[host.\"https://registry.example.org:5000\"]"), "{settings}");
+    assert!(settings.contains(&format!("ca = \"{}\"", hosts.join("ca.crt").display())), "{settings}");
+    assert_eq!(fs::read_to_string(hosts.join("ca.crt")).unwrap(), "a certificate\n");
 }

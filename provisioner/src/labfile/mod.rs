@@ -93,8 +93,8 @@ fn topology(text: &str, labfile: PathBuf, report: &mut Report<'_>) -> Option<Top
     Some(Topology { name: name?, labfile, network: network?, nodes, stacks, steps, checks })
 }
 
-/// The files that a right labfile needs, as it names them, relative to its folder: the scripts of its steps and checks, and
-/// all that is in the folders of its own stacks.
+/// The files that a right labfile needs, as it names them, relative to its folder: the scripts of its steps and checks, what
+/// the options of its stacks name, and all that is in the folders of its own stacks.
 ///
 /// # Errors
 /// As [`load`].
@@ -109,6 +109,11 @@ pub fn companions(path: &Path) -> Result<Vec<PathBuf>, Diagnostics> {
     let scripts = scripts.chain(file.check.iter().map(|check| &check.get().script));
     let mut found: Vec<PathBuf> = scripts.flatten().map(|script| script.get().into()).collect();
     let folder = topology.labfile.parent().unwrap_or(Path::new("/"));
+    for (name, table) in &file.stack {
+        if let Some(definition) = crate::stack::find(name.get(), folder) {
+            found.extend(stacks::files(&definition?, table).into_iter().map(PathBuf::from));
+        }
+    }
     for file in topology.steps.iter().flat_map(|step| &step.files).map(Path::new) {
         if folder.join(file).is_dir() {
             files_below(folder, file, &mut found)?;

@@ -8,12 +8,16 @@ use std::{
 use super::{
     diagnostic::visible,
     file::{At, OptionValue, StackTable},
+    read_text,
     report::Report,
     shape::join,
     spell::{advice, list, nearest},
     topology::Stack,
 };
 use crate::stack::{self, OptionDef, StackDef};
+
+/// Longest file that an option names, in bytes: scripts have it in a variable, and Linux no longer ones than 128 KiB.
+const MAX_FILE: usize = 64 << 10;
 
 /// The stacks, in the order of the file.
 pub fn resolve(
@@ -44,7 +48,7 @@ pub fn resolve(
             }
         };
         let source = source(&definition, table, report);
-        let mut options = given(&definition, &source, table, report);
+        let mut options = given(&definition, &source, table, folder, report);
         missing(&definition, &source, name, &options, report);
         // Otherwise when the source is chosen.
         if definition.plain(&source) == [source.as_str()] {
@@ -74,6 +78,7 @@ fn given(
     definition: &StackDef,
     source: &str,
     table: &StackTable,
+    folder: &Path,
     report: &mut Report<'_>,
 ) -> BTreeMap<String, String> {
     let mut options = BTreeMap::new();
@@ -100,9 +105,38 @@ fn given(
             narrow.push(name);
             left = both;
         }
-        options.insert(name.to_owned(), value.get().to_string());
+        let mut text = value.get().to_string();
+        if definition.options.iter().any(|option| option.name == name && option.file) && !text.is_empty() {
+            let place = join(&join("stack", &definition.name), name);
+            text = text_of(value, folder, &place, report).unwrap_or_default();
+        }
+        options.insert(name.to_owned(), text);
     }
     options
+}
+
+/// The text of the file that an option names: a certificate, a key.
+fn text_of(value: &At<OptionValue>, folder: &Path, place: &str, report: &mut Report<'_>) -> Option<String> {
+    let name = value.get().to_string();
+    let wrong = match read_text(&folder.join(&name), "file", "paths are relative to the labfile's folder") {
+        Ok(text) if text.len() <= MAX_FILE && !text.contains('\0') => {
+            return Some(text.trim_end().to_owned());
+        }
+        Ok(_) => ("it is too long, or no text".to_owned(), "is it the right file?".to_owned()),
+        Err(wrong) => {
+            let first = wrong.errors.into_iter().next()?;
+            (first.message, first.help.unwrap_or_default())
+        }
+    };
+    report.error(Some(value.span()), place, format!("file `{}`: {}", visible(&name), wrong.0), wrong.1);
+    None
+}
+
+/// The files that the options of a stack name.
+pub fn files(definition: &StackDef, table: &StackTable) -> Vec<String> {
+    let is_file = |name: &str| definition.options.iter().any(|option| option.name == name && option.file);
+    let files = table.iter().filter(|(key, _)| is_file(key.get())).map(|(_, value)| value.get().to_string());
+    files.filter(|file| !file.is_empty()).collect()
 }
 
 /// The plain sources, of those that `source` stands for, that an option can have its value with; `None` if there is none.

@@ -73,6 +73,9 @@ pub struct OptionTable {
     /// What a value looks like, `N` standing for any number.
     #[schemars(extend("examples" = ["1.N"]))]
     pub like: Option<At<String>>,
+    /// Whether the labfile names a text file, relative to its folder, that scripts are given the text of.
+    #[schemars(extend("examples" = [true]), extend("default" = false))]
+    pub file: Option<At<bool>>,
 }
 
 /// A step.

@@ -164,6 +164,7 @@ fn options(file: &File, sources: &[Source], report: &mut Report<'_>) -> Vec<Opti
             source,
             values: list(&option.values),
             like: option.like.as_ref().map(|like| like.get().clone()),
+            file: option.file.as_ref().is_some_and(|file| *file.get()),
         };
         if let Some(default) = option.default.as_ref().filter(|default| !definition.allows(default.get())) {
             let (message, help) = match definition.values.as_slice() {

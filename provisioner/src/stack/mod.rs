@@ -75,6 +75,8 @@ pub struct OptionDef {
     pub values: Vec<String>,
     /// What a value looks like, `N` standing for any number; `None`: like anything.
     pub like: Option<String>,
+    /// Whether the labfile gives the path of a text file, whose text is the value.
+    pub file: bool,
 }
 
 impl OptionDef {

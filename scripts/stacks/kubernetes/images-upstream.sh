@@ -11,7 +11,45 @@ if [ ! -e /etc/kubernetes/kubelet.conf ]; then
     systemctl stop containerd.service
 fi
 systemctl start containerd.service
-kubeadm config images pull --kubernetes-version "$(kubeadm version -o short)"
+
+# mirrored IMAGE: fetches it from the mirror, and gives it the name that it has upstream: nothing else knows of the mirror.
+# Its path there is that of upstream, or the last part of that, where kubeadm looks in a registry of one's own.
+mirrored() {
+    names=${1##*/}
+    [ "${1#*/}" = "$names" ] || names="$names ${1#*/}"
+    for name in $names; do
+        if again 3 ctr --namespace k8s.io images pull --hosts-dir $hosts "$mirror/$name" > /dev/null; then
+            ctr --namespace k8s.io images tag --force "$mirror/$name" "$1"
+            return
+        fi
+    done
+    echo "cannot fetch the image $1 from $mirror" >&2
+    echo "look whether this machine reaches it, then run \`lab up\` again" >&2
+    return 1
+}
+
+version=$(kubeadm version -o short)
+if [ -n "$LAB_OPT_IMAGES" ]; then
+    hosts=/etc/containerd/certs.d
+    mirror=${LAB_OPT_IMAGES#https://}
+    mirror=${mirror%/}
+    if [ -n "$LAB_OPT_MIRROR_CA" ]; then
+        # Pods may name it, too: containerd looks here as long as the node lives.
+        mkdir -p "$hosts/${mirror%%/*}"
+        printf '%s\n' "$LAB_OPT_MIRROR_CA" > "$hosts/${mirror%%/*}/ca.crt"
+        cat > "$hosts/${mirror%%/*}/hosts.toml" << END
+server = "https://${mirror%%/*}"
+
+[host."https://${mirror%%/*}"]
+capabilities = ["pull", "resolve"]
+ca = "$hosts/${mirror%%/*}/ca.crt"
+END
+    fi
+    needed=$(kubeadm config images list --kubernetes-version "$version")
+    for image in $needed; do mirrored "$image"; done
+else
+    kubeadm config images pull --kubernetes-version "$version"
+fi
 
 manifests=/usr/local/share/lab/kubernetes
 mkdir -p $manifests

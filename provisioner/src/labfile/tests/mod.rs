@@ -13,7 +13,7 @@ use lab_net::config::Protocol;
 use proptest::prelude::*;
 
 use super::{
-    load, parse,
+    companions, load, parse,
     topology::{Target, Topology},
 };
 
@@ -166,6 +166,26 @@ hint = "none"
     assert_eq!(lab.steps[1].on, Target::Node("w2".to_owned()));
     assert_eq!(lab.steps[1].run, "echo hello\n");
     assert_eq!(lab.checks[0].on, Target::All);
+}
+
+#[test]
+fn a_file_that_an_option_names_is_its_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, key) = (dir.path().join("lab.toml"), dir.path().join("keys/mirror.asc"));
+    fs::create_dir(dir.path().join("keys")).unwrap();
+    fs::write(&key, "one\ntwo\n\n").unwrap();
+    let text =
+        "name = \"x\"\n[node.a]\n[stack.kubernetes]\npackages_key = \"keys/mirror.asc\"\nmirror_ca = \"\"\n";
+    fs::write(&file, text).unwrap();
+    let lab = load(&file).unwrap();
+    assert_eq!(
+        (lab.stacks[0].options["packages_key"].as_str(), lab.stacks[0].source.as_str()),
+        ("one\ntwo", "auto")
+    );
+    // It goes where the labfile goes.
+    assert_eq!(companions(&file).unwrap(), [Path::new("keys/mirror.asc")]);
+    fs::write(&key, vec![b'#'; (64 << 10) + 1]).unwrap();
+    assert!(message(&file).unwrap().contains("`keys/mirror.asc`: it is too long"));
 }
 
 #[test]
