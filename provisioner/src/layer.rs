@@ -236,6 +236,9 @@ impl Store {
             let Some(key) = entry.file_name().into_string().ok().filter(|key| !key.starts_with('.')) else {
                 continue;
             };
+            if !entry.path().is_dir() {
+                continue;
+            }
             let Some(layer) = self.get(&key)? else { continue };
             if let Ok(metadata) = fs::metadata(entry.path().join(OVERLAY)) {
                 let (disk_bytes, used) = (metadata.blocks() * 512, metadata.nlink() > 1);
@@ -284,7 +287,8 @@ impl Store {
         }
         // What was cut off while it was made.
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
-            if entry.file_name().as_encoded_bytes().ends_with(b".part") {
+            let name = entry.file_name();
+            if [".part", ".raw"].iter().any(|end| name.as_encoded_bytes().ends_with(end.as_bytes())) {
                 clear(&entry.path())?;
             }
         }
@@ -359,6 +363,8 @@ mod tests {
         assert!(store.list().unwrap().iter().all(|entry| entry.used && entry.disk_bytes >= 5000));
         assert!(store.prune().unwrap().is_empty());
         fs::create_dir(home.path().join("layers/.left.part")).unwrap();
+        fs::write(home.path().join("layers/.left.raw"), "").unwrap();
+        fs::write(home.path().join("layers/notes"), "somebody's").unwrap();
         let lock = store.lock(&keys[0], Duration::from_secs(1), &mut || ()).unwrap();
         let mut waited = 0;
         assert!(matches!(
@@ -369,7 +375,9 @@ mod tests {
         drop(lock);
         fs::remove_dir_all(layers.join(&keys[1])).unwrap();
         assert_eq!(store.prune().unwrap(), [keys[1].clone()]);
-        assert!(!home.path().join("layers/.left.part").exists());
+        assert!(
+            [".left.part", ".left.raw"].iter().all(|left| !home.path().join("layers").join(left).exists())
+        );
 
         make(1, 60);
         assert_eq!(store.find(&keys[0][..6]).unwrap(), keys[0]);

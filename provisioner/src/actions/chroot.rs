@@ -86,26 +86,24 @@ impl Chain {
         let missing = self.missing(lab, &store, &manifest, &keys)?; // less, where somebody else had the lock
         let Some(top) = missing.last() else { return Ok(()) };
         let build = build_lab(lab, &top.node, last)?;
-        let mut task = Some(lab.progress.begin(&lab.topology.name, &self.name(0)));
-        if let Some(task) = &task {
-            clear(&build, task)?;
-            build.dirs.create().map_err(lab::Error::from)?;
-            Image { name: self.image.clone() }.run(&build, task)?;
-        }
-        let baked = self.bake(lab, &build, &archive, missing, &manifest, limit, &mut task);
-        match (baked, task) {
-            (Ok(()), Some(task)) => {
-                clear(&build, &task)?;
-                task.done();
-            }
-            (Err(Failed::Bake(error)), Some(task)) => {
-                clear(&build, &task)?;
+        let mut task = lab.progress.begin(&lab.topology.name, &self.name(0));
+        let baked = clear(&build, &task).map_err(Failed::from).and_then(|()| {
+            build.dirs.create().map_err(lab::Error::from).map_err(Error::from)?;
+            Image { name: self.image.clone() }.run(&build, &task)?;
+            self.bake(lab, &build, &archive, missing, &manifest, limit, &mut task)
+        });
+        clear(&build, &task)?;
+        match baked {
+            Ok(()) => task.done(),
+            Err(Failed::Bake(error)) => {
                 task.failed();
-                lab.progress
-                    .say(&format!("{}: baked in a node, since without one {error}", lab.topology.name));
+                let name = &lab.topology.name;
+                lab.progress.say(&format!("{name}: baked in a node, since without one {error}"));
             }
-            (Err(Failed::Other(error)), _) => return Err(*error),
-            (_, None) => {}
+            Err(Failed::Other(error)) => {
+                task.failed();
+                return Err(*error);
+            }
         }
         Ok(())
     }
@@ -149,7 +147,7 @@ impl Chain {
         missing: Vec<Missing>,
         manifest: &Manifest,
         limit: Duration,
-        task: &mut Option<Task>,
+        task: &mut Task,
     ) -> Result<(), Failed> {
         let mut todo = Vec::new();
         for (index, step) in self.steps.iter().enumerate() {
@@ -170,7 +168,7 @@ impl Chain {
             });
         }
         let packages = lab.paths.home().join("cache/packages");
-        let log = lab.paths.home().join("layers").join("bake.log");
+        let log = lab.paths.home().join("bake.log");
         let mut at = 0;
         let mut made = Vec::new();
         let program = std::env::current_exe().map_err(|source| Error::Io {
@@ -181,17 +179,12 @@ impl Chain {
         let ran = bake::run(&program, archive, &todo, &packages, &log, limit, &mut |event| match event {
             bake::Event::Begins(number) if number > at => {
                 at = number;
-                if let Some(task) = task.replace(lab.progress.begin(&lab.topology.name, &self.name(number))) {
-                    task.done();
-                }
+                let next = lab.progress.begin(&lab.topology.name, &self.name(number));
+                std::mem::replace(task, next).done();
             }
             bake::Event::Begins(_) => {}
             bake::Event::Made(number) => made.push(number + 1),
-            bake::Event::Line(line) => {
-                if let Some(task) = task {
-                    task.detail(line);
-                }
-            }
+            bake::Event::Line(line) => task.detail(line),
         });
         let taken = missing.iter().try_for_each(|layer| {
             if made.contains(&layer.count) { self.take(lab, build, layer, manifest) } else { Ok(()) }
