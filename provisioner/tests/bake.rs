@@ -146,9 +146,10 @@ fn a_step_reaches_nothing_but_the_cache() {
         ls /proc/1/root/
         echo 1 2> /dev/null > /proc/sys/vm/drop_caches && echo dropped
         cat /run/lab/apt-proxy
+        for file in /proc/self/fd/*; do case ${file##*/} in 0 | 1 | 2) ;; *) [ ! -f $file ] || [ $file -ef /run/lab-script ] || echo open file ;; esac; done
         exit 0";
     let mut lines = Vec::new();
-    root.bake(&[step("s/curious", script, None)], LIMIT, &mut |event| {
+    root.bake(&[step("s/curious", script, Some(&root.path("disk")))], LIMIT, &mut |event| {
         if let Event::Line(line) = event {
             lines.push(line.to_owned());
         }
@@ -162,7 +163,7 @@ fn a_step_reaches_nothing_but_the_cache() {
         assert!(has(line), "{line}: {lines:#?}");
     }
     // Folders that this machine has, and the image has not.
-    for line in ["mounted", "unshared", "dropped", "home", "var", "sys"] {
+    for line in ["mounted", "unshared", "dropped", "open file", "home", "var", "sys"] {
         assert!(!has(line), "{line}: {lines:#?}");
     }
     assert_eq!(lines.iter().filter(|line| line.starts_with("card ")).count(), 1, "{lines:#?}");

@@ -227,25 +227,15 @@ fn root(
         command.spawn().map_err(|source| command::start_error(command.get_program(), source))
     };
     let mut producer = start(&mut mmdebstrap)?;
-    let consumer = start(&mut assemble);
-    let tar = producer.stdout.take();
+    let mut consumer = start(&mut assemble);
+    let to = consumer.as_mut().ok().and_then(|consumer| consumer.stdin.take());
     // Without a consumer the pipe is closed all the same, so that mmdebstrap is not left writing to nobody.
-    let (mut consumer, kept) = match consumer {
-        Ok(mut consumer) => {
-            let kept = tar.zip(consumer.stdin.take()).map_or(Ok(()), |(tar, to)| pass_on(tar, to, files));
-            (Ok(consumer), kept)
-        }
-        Err(error) => {
-            drop(tar);
-            (Err(error), Ok(()))
-        }
+    let kept = match (producer.stdout.take(), to) {
+        (Some(tar), Some(to)) => pass_on(tar, to, files),
+        _ => Ok(()),
     };
     let made = finish(&mut producer, "mmdebstrap", &logs[0]);
-    let packed = match &mut consumer {
-        Ok(consumer) => finish(consumer, "mke2fs", &logs[1]),
-        Err(_) => Ok(()),
-    };
-    consumer?;
+    let packed = finish(&mut consumer?, "mke2fs", &logs[1]);
     // Whoever failed first has the better reason: a consumer that ends makes mmdebstrap fail with a broken pipe.
     if let Err(command::Error::Failed { output, .. }) = &packed {
         if output.contains("Could not allocate block") || output.contains("too small") {

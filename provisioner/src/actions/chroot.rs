@@ -8,7 +8,7 @@ use lab_vmm::qcow2;
 
 use super::{
     Action, Error, Image, Layer, Script, disk_file, hand_over, image,
-    layer::{BESIDE_S, NODE, build_lab, build_node, clear, keys, smallest},
+    layer::{NODE, build_lab, build_node, clear, keys, smallest},
     steps, users,
 };
 use crate::{
@@ -33,10 +33,8 @@ pub fn bake(lab: &Lab) -> Result<(), Error> {
     }
     let mut chains: Vec<Chain> = Vec::new();
     for node in &lab.topology.nodes {
-        let mut layers = Vec::new();
-        for step in steps::baked(lab, node)?.into_iter().take_while(|step| step.chroot) {
-            layers.push(step);
-        }
+        let layers: Vec<Script> =
+            steps::baked(lab, node)?.into_iter().take_while(|step| step.chroot).collect();
         let digests: Vec<String> = layers.iter().map(Script::digest).collect();
         let known =
             chains.iter().any(|chain| chain.image == node.image && chain.digests.starts_with(&digests));
@@ -79,9 +77,8 @@ impl Chain {
         if self.missing(lab, &store, &manifest, &keys)?.is_empty() {
             return Ok(());
         }
-        let limit = Duration::from_secs(
-            self.steps.iter().map(|step| u64::from((step.limit_s + BESIDE_S) * PATIENCE)).sum(),
-        );
+        let limit = self.steps.iter().map(|step| u64::from(step.limit_s * PATIENCE)).sum();
+        let limit = Duration::from_secs(limit);
         let _lock = store.lock(last, limit, &mut || ())?;
         let missing = self.missing(lab, &store, &manifest, &keys)?; // less, where somebody else had the lock
         let Some(top) = missing.last() else { return Ok(()) };

@@ -16,7 +16,7 @@ use crate::{
 /// Name of the node that a layer is made in.
 pub(super) const NODE: &str = "build";
 /// How much longer than its step a layer may take, in seconds, with KVM: for boot and power off.
-pub(super) const BESIDE_S: u32 = 300;
+const BESIDE_S: u32 = 300;
 
 /// Makes the layer of the last of these steps.
 pub struct Layer {

@@ -6,7 +6,7 @@ use std::{
     mem::MaybeUninit,
     net::TcpListener,
     os::{
-        fd::{AsFd, FromRawFd, OwnedFd, RawFd},
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::net::UnixStream,
     },
     path::Path,
@@ -14,6 +14,7 @@ use std::{
 };
 
 use rustix::{
+    io::FdFlags,
     mount::{MountFlags, MountPropagationFlags, mount, mount_change},
     net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg},
     process::Signal,
@@ -32,9 +33,15 @@ pub fn run() -> Result<u8, Error> {
     // SAFETY: the descriptors were opened for this process, and nothing else in it uses them.
     let (archive, control) =
         unsafe { (OwnedFd::from_raw_fd(plan.archive), UnixStream::from(OwnedFd::from_raw_fd(plan.control))) };
-    // Steps have none of it: what is at the other end sees the end of this process.
-    for descriptor in [archive.as_fd(), control.as_fd()] {
-        rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC).map_err(failed("close on exec"))?;
+    // A step has nothing of it but its own files: the disks are not its to write, and what is at the other end of `control`
+    // sees the end of this process.
+    keep_from_children(archive.as_fd())?;
+    keep_from_children(control.as_fd())?;
+    for step in &plan.steps {
+        for descriptor in [step.files, step.disk.map(|(disk, _)| disk)].into_iter().flatten() {
+            // SAFETY: the descriptor was opened for this process, which closes none before its step.
+            keep_from_children(unsafe { BorrowedFd::borrow_raw(descriptor) })?;
+        }
     }
     enter(&control)?;
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
@@ -58,6 +65,10 @@ pub fn run() -> Result<u8, Error> {
         }
     }
     Ok(0)
+}
+
+fn keep_from_children(descriptor: BorrowedFd<'_>) -> Result<(), Error> {
+    rustix::io::fcntl_setfd(descriptor, FdFlags::CLOEXEC).map_err(failed("keep a file from steps"))
 }
 
 /// Makes the namespaces, and becomes their root, when the users are mapped.
@@ -137,6 +148,11 @@ fn run_step(step: &InsideStep) -> Result<u8, Error> {
         environment: step.environment.clone(),
         files: step.files,
     };
+    // SAFETY: the descriptor was opened for this process, and nothing else in it uses it.
+    let files = step.files.map(|files| unsafe { OwnedFd::from_raw_fd(files) });
+    if let Some(files) = &files {
+        rustix::io::fcntl_setfd(files, FdFlags::empty()).map_err(failed(action))?;
+    }
     // This very program, wherever it lies: its folder may not be open for the users here.
     let mut process = Command::new("/proc/self/exe");
     let mut process = process.arg(STEP).stdin(Stdio::piped()).spawn().map_err(failed(action))?;
