@@ -106,15 +106,14 @@ pub fn run(
         .map_err(|error| failed("say what is to be done")(io::Error::from(error)))?;
     let mut command = Command::new(lab);
     command.arg(INSIDE).current_dir("/");
-    // SAFETY: between fork and exec, fcntl(2), prctl(2) and setsid(2) are async-signal-safe and touch no memory.
+    // SAFETY: between fork and exec, fcntl(2) is async-signal-safe and touches no memory.
     unsafe {
-        command.pre_exec(move || {
+        child::detach(&mut command, true).pre_exec(move || {
             for descriptor in &passed {
                 let descriptor = rustix::fd::BorrowedFd::borrow_raw(*descriptor);
                 rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::empty())?;
             }
-            rustix::process::setsid()?;
-            Ok(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?)
+            Ok(())
         });
     }
     let cache = Cache::new(packages, Outside::default());

@@ -76,9 +76,8 @@ fn become_step(step: &StepPlan, alive: &io::PipeReader) -> Error {
         }
         Ok((_, Err(error))) | Err(error) => return error,
     }
-    let null = |read: bool| File::options().read(read).write(!read).open("/dev/null");
     let mut shell = Command::new("/bin/sh");
-    shell.args(["-e", &format!("/{SCRIPT}")]).current_dir("/root").env_clear();
+    shell.args(["-e", &format!("/{SCRIPT}")]).current_dir("/root").env_clear().stdin(Stdio::null());
     shell.envs([
         ("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
         ("HOME", "/root"),
@@ -90,10 +89,6 @@ fn become_step(step: &StepPlan, alive: &io::PipeReader) -> Error {
         ("SYSTEMD_OFFLINE", "1"),
     ]);
     shell.envs(step.environment.iter().map(|(key, value)| (key, value)));
-    match null(true) {
-        Ok(null) => drop(shell.stdin(null)),
-        Err(source) => return failed("open /dev/null")(source),
-    }
     if let Err(source) = filter::apply() {
         return failed("drop what the step does not need")(source);
     }
