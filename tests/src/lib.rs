@@ -20,6 +20,7 @@ use std::{
 };
 
 pub mod cluster;
+pub mod disk_contents;
 pub mod load;
 pub mod waiting;
 

@@ -1,9 +1,12 @@
 //! Layers: what is baked once is not done again, for other nodes, in other labs, after `lab destroy`.
-#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr, missing_docs)]
 
-use std::time::{Duration, Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
 
-use lab_tests::TestLab;
+use lab_tests::{TestLab, disk_contents::Contents};
 
 /// A lab with two baked steps, the second of them for b alone. `mark` makes its layers its own; `two` is what step two
 /// writes.
@@ -130,4 +133,88 @@ fn what_is_baked_is_done_once() {
     assert!(lab.fails(1, &["layer", "rm", "0000zz"]).contains("there is no layer `0000zz`"));
     lab.run(&["restart", "b"]);
     assert_eq!(cat(&lab, "b", "/root/two"), format!("{one}3\n"));
+}
+
+/// What may differ between a layer that was made in a node and one that was made without: logs, caches, what a booted
+/// system has left, and what names the moment.
+const MAY_DIFFER: [&str; 1] = ["lost+found"];
+
+/// The image's files are put aside, without which layers are made in nodes; they come back with the end of the value.
+struct WithoutFiles {
+    files: PathBuf,
+    aside: PathBuf,
+}
+
+impl WithoutFiles {
+    fn of(image: &Path) -> Self {
+        let (files, aside) = (image.join("root.tar.zst"), image.join("root.tar.zst.aside"));
+        std::fs::rename(&files, &aside).unwrap();
+        Self { files, aside }
+    }
+}
+
+impl Drop for WithoutFiles {
+    fn drop(&mut self) {
+        std::fs::rename(&self.aside, &self.files).unwrap();
+    }
+}
+
+/// Makes the layers of stacks without a node and in one, and compares what is on them.
+fn the_same_both_ways(name: &str, stacks: &str, layers: &[&str]) {
+    let lab = TestLab::new(&format!(
+        r#"
+name = "{name}"
+image = "debian-13"
+[node.a]
+role = "worker"
+memory = "1GiB"
+disk = "4GiB"
+{stacks}
+"#
+    ));
+    let of_lab = lab_tests::home().join("labs").join(name);
+    let made = || {
+        let all = |step: &&str| {
+            let keys = all_keys(&lab, step);
+            assert_eq!(keys.len(), 1, "{step}");
+            Contents::of(&of_lab.join("layers").join(&keys[0]).join("overlay.qcow2"))
+        };
+        layers.iter().map(all).collect::<Vec<_>>()
+    };
+    let forget = || {
+        lab.run(&["destroy", "--yes", "--forget"]);
+        for key in layers.iter().flat_map(|step| all_keys(&lab, step)) {
+            lab.run(&["layer", "rm", &key]);
+        }
+    };
+
+    forget();
+    let said = up(&lab, &[]);
+    assert!(!said.contains("baked in a node"), "{said}");
+    let without = made();
+    let image = std::fs::read_dir(of_lab.join("images")).unwrap().next().unwrap().unwrap().file_name();
+    forget();
+
+    let put_aside = WithoutFiles::of(&lab_tests::home().join("images").join(image));
+    up(&lab, &[]);
+    drop(put_aside);
+    let within = made();
+    forget();
+
+    for (step, (without, within)) in layers.iter().zip(without.iter().zip(&within)) {
+        let may = |line: &&String| MAY_DIFFER.iter().any(|start| line.starts_with(start));
+        let (expected, found): (Vec<_>, Vec<_>) =
+            without.differences(within).into_iter().partition(|line| may(&line));
+        eprintln!("    {step}: {} differences that may be", expected.len());
+        assert!(found.is_empty(), "{step}: {} differences\n{}", found.len(), found.join("\n"));
+    }
+}
+
+#[test]
+fn a_layer_is_the_same_without_a_node() {
+    if !lab_tests::emulated() {
+        eprintln!("\nSKIPPED: layers without a node: where KVM works, they are made in nodes");
+        return;
+    }
+    the_same_both_ways("both-ways", "[stack.prometheus]", &["prometheus/exporter"]);
 }

@@ -27,9 +27,11 @@ pub const START_LIMIT: Duration = Duration::from_secs(180);
 /// Name of virtiofsd's listening socket among its file descriptors.
 const VIRTIOFS_TAG: &str = "lab";
 /// What the kernel is told. The emulated processor has nothing to mitigate, and waits for RCU are dear on it; so are
-/// repeated string instructions, by which a processor that has `rep_good` clears and copies pages.
+/// repeated string instructions, by which a processor that has `rep_good` clears and copies pages. Its timers come with its
+/// tick (`highres=off`), those of its guests among them: each interrupt between two would be an exit from a guest.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 quiet loglevel=1 tsc=reliable panic=-1 mitigations=off nokaslr nowatchdog audit=0 \
-    lsm=capability rcupdate.rcu_expedited=1 random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests clearcpuid=rep_good";
+    lsm=capability rcupdate.rcu_expedited=1 random.trust_cpu=on 8250.nr_uarts=1 cryptomgr.notests clearcpuid=rep_good \
+    highres=off";
 
 /// What the supervisor has to start.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
