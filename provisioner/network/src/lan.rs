@@ -18,6 +18,7 @@ use crate::{
     frame::{ARP, ETHERNET_LEN, HEADER_LEN, IPV4, MAX_PACKET, Offload, write_headers},
     neighbor::Neighbors,
     poller::Poller,
+    port::Port,
     switch::Switch,
 };
 
@@ -94,6 +95,19 @@ impl Lan {
     pub fn new_id(&mut self) -> u64 {
         self.last_id = self.last_id.wrapping_add(1);
         self.last_id
+    }
+
+    /// Join a card. A port of the same name is replaced.
+    pub fn join(&mut self, port: Port) {
+        let gone = self.switch.join(port, &self.poller);
+        self.neighbors.forget(&gone);
+    }
+
+    /// Forget a card and where its addresses were. A node that comes back is asked for, and a connection to it goes on when
+    /// it answers; a SYN that nobody has heard would only be repeated after seconds.
+    pub fn leave(&mut self, id: u64) {
+        let gone = self.switch.leave(id, &self.poller);
+        self.neighbors.forget(&gone);
     }
 
     /// Whether a packet to `ip` could leave now. If nobody knows where `ip` is, it is asked for.

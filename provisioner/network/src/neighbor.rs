@@ -91,6 +91,11 @@ impl Neighbors {
         ask
     }
 
+    /// These stations are gone.
+    pub fn forget(&mut self, stations: &[EthernetAddress]) {
+        self.known.retain(|_, known| !stations.contains(&known.mac));
+    }
+
     /// When [`Neighbors::expire`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         self.asked.values().map(|asked| asked.last + RETRY).min()

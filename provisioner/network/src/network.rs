@@ -210,7 +210,7 @@ impl Network {
                 }
                 // The host may allow less; what it allows is used.
                 let _ = sockopt::set_socket_send_buffer_size(&socket, CARD_BUFFER);
-                self.lan.switch.join(Port::new(id, port, socket), &self.lan.poller);
+                self.lan.join(Port::new(id, port, socket));
             }
             Ok(Hello { v, port }) => {
                 log::warn(format_args!(
@@ -233,10 +233,10 @@ impl Network {
                 return;
             }
             let len = match port.receive(&mut self.buffer) {
-                Ok(0) => return self.lan.switch.leave(id, &self.lan.poller),
+                Ok(0) => return self.lan.leave(id),
                 Ok(len) => len,
                 Err(Errno::AGAIN | Errno::INTR) => break,
-                Err(_) => return self.lan.switch.leave(id, &self.lan.poller),
+                Err(_) => return self.lan.leave(id),
             };
             // A length beyond the buffer's is that of a packet that was cut off.
             let packet = self.buffer.get_mut(..len).unwrap_or_default();
@@ -255,7 +255,7 @@ impl Network {
             }
         }
         if hung_up {
-            self.lan.switch.leave(id, &self.lan.poller);
+            self.lan.leave(id);
         }
     }
 

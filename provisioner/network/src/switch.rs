@@ -42,21 +42,21 @@ impl Switch {
         Switch { gateway, ports: BTreeMap::new(), stations: HashMap::new(), drained: false }
     }
 
-    /// Join a card. A port of the same name is replaced.
-    pub fn join(&mut self, port: Port, poller: &Poller) {
+    /// Join a card. A port of the same name is replaced: the addresses that are gone with it.
+    pub fn join(&mut self, port: Port, poller: &Poller) -> Vec<EthernetAddress> {
         let old: Vec<u64> = self.ports.values().filter(|p| p.name == port.name).map(|p| p.id).collect();
-        for id in old {
-            self.leave(id, poller);
-        }
+        let gone = old.into_iter().flat_map(|id| self.leave(id, poller)).collect();
         self.ports.insert(port.id, port);
+        gone
     }
 
-    /// Forget a card and its addresses.
-    pub fn leave(&mut self, id: u64, poller: &Poller) {
-        if self.ports.remove(&id).is_some() {
-            self.stations.retain(|_, station| station.port != id);
-            self.release(id, poller);
+    /// Forget a card and its addresses, which are returned.
+    pub fn leave(&mut self, id: u64, poller: &Poller) -> Vec<EthernetAddress> {
+        if self.ports.remove(&id).is_none() {
+            return Vec::new();
         }
+        self.release(id, poller);
+        self.stations.extract_if(|_, station| station.port == id).map(|(address, _)| address).collect()
     }
 
     /// All ports, in the order in which they were joined.

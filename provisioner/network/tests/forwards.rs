@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use common::{Guest, LIMIT, Lab, ip, noise, read_reply};
+use common::{Guest, LIMIT, Lab, ip, noise, read_reply, receive};
 use lab_net::{
     config::{Forward, Protocol},
     control::{Action, Reply},
+    frame::HEADER_LEN,
     nat::Outside,
     network::Network,
 };
@@ -238,6 +239,29 @@ fn a_dial_that_fails_says_why() {
         "10.77.0.50:22 did not answer within 10 seconds: is the node up, and does a firewall there drop it?";
     assert_eq!(reply, Reply::Error(expected.into()));
     lab.wait_for("the end of the flows", |status| status.flows == 0);
+}
+
+#[test]
+fn a_node_that_comes_back_is_asked_for_before_anything_is_sent_to_it() {
+    let lab = Lab::start();
+    let mut guest = lab.guest(10);
+    let handle = guest.listen(7);
+    let dial = |port: u16| {
+        let mut client = lab.client();
+        writeln!(client.get_mut(), r#"{{"v":1,"do":"dial","ip":"10.77.0.10","port":{port}}}"#).unwrap();
+        client
+    };
+    let mut known = dial(7);
+    guest.until("the connection", |guest| guest.tcp(handle).may_send().then_some(()));
+    assert_eq!(read_reply(&mut known), Reply::Done);
+    drop(guest);
+    lab.wait_for("the end of its card", |status| status.ports.is_empty());
+
+    let _waits = dial(22);
+    lab.wait_for("the connection's beginning", |status| status.flows == 2);
+    let card = lab.card("n10");
+    let first = receive(&card, LIMIT).expect("nothing came");
+    assert_eq!(first[HEADER_LEN + 12..][..2], [8, 6], "the first packet is no question of ARP's");
 }
 
 /// What a client of the host gets that reads only once the node has closed and has its last answer.
