@@ -11,6 +11,8 @@ use std::{
 
 /// Inode of the root folder.
 const ROOT: u64 = 2;
+/// What debugfs writes before a device's numbers.
+const DEVICE: &str = "Device major/minor number:";
 
 /// All that is on a disk.
 pub struct Contents {
@@ -47,6 +49,9 @@ impl Contents {
                 Some(_) if here.starts_with("regular") && self.read(path) != other.read(path) => {
                     found.push(format!("{path}: other contents"));
                 }
+                Some(_) if here.starts_with("symlink") && self.target(path) != other.target(path) => {
+                    found.push(format!("{path}: another target"));
+                }
                 Some(_) => {}
             }
         }
@@ -55,9 +60,16 @@ impl Contents {
         found
     }
 
+    fn file(&self, path: &str) -> PathBuf {
+        self.dir.path().join("files").join(path)
+    }
+
     fn read(&self, path: &str) -> Vec<u8> {
-        let path = self.dir.path().join("files").join(path);
-        fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        fs::read(self.file(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    fn target(&self, path: &str) -> PathBuf {
+        fs::read_link(self.file(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
 }
 
@@ -93,7 +105,7 @@ fn walk(raw: &Path) -> BTreeMap<String, u64> {
     found
 }
 
-/// Type, mode, owner, links, target or device, and extended attributes of inodes.
+/// Type, mode, owner, links, device and extended attributes of inodes.
 fn describe(raw: &Path, inodes: impl Iterator<Item = u64>) -> BTreeMap<u64, String> {
     let inodes: Vec<u64> = inodes.collect::<std::collections::BTreeSet<_>>().into_iter().collect();
     let asked: String = inodes.iter().fold(String::new(), |mut all, inode| {
@@ -118,10 +130,8 @@ fn of_stat(said: &str) -> String {
     if kind != "directory" {
         write!(all, ", {} links, {} bytes", word_after("Links:"), word_after("Size:")).unwrap();
     }
-    for label in ["Fast link dest:", "Device major/minor number:"] {
-        if said.contains(label) {
-            write!(all, ", {}", word_after(label)).unwrap();
-        }
+    if said.contains(DEVICE) {
+        write!(all, ", {}", word_after(DEVICE)).unwrap();
     }
     if let Some((_, attributes)) = said.split_once("Extended attributes:\n") {
         for line in attributes.lines().take_while(|line| line.starts_with("  ")) {
@@ -135,15 +145,15 @@ fn of_stat(said: &str) -> String {
 fn debugfs(raw: &Path, commands: &str) -> String {
     let file = raw.with_extension("commands");
     fs::write(&file, commands).unwrap();
-    // In sbin, which is not in every user's PATH.
-    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
     let mut command = Command::new("debugfs");
-    command.arg("-f").arg(&file).arg(raw).env("PATH", path);
+    command.arg("-f").arg(&file).arg(raw);
     ran(command)
 }
 
 /// Runs a command that must succeed; its standard output.
 fn ran(mut command: Command) -> String {
+    // e2fsprogs are in sbin, which is not in every user's PATH.
+    command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8_lossy(&output.stdout).into_owned()
@@ -161,9 +171,8 @@ mod tests {
         fs::write(files.join("etc/two"), "2").unwrap();
         std::os::unix::fs::symlink("two", files.join("etc/link")).unwrap();
         change(&files);
-        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
         let mut make = Command::new("mke2fs");
-        make.args(["-q", "-F", "-t", "ext4", "-d"]).args([&files, &raw]).arg("8M").env("PATH", path);
+        make.args(["-q", "-F", "-t", "ext4", "-d"]).args([&files, &raw]).arg("8M");
         ran(make);
         let disk = dir.join("disk.qcow2");
         let mut convert = Command::new("qemu-img");
@@ -189,13 +198,14 @@ mod tests {
             fs::write(files.join("etc/two"), "3").unwrap();
             fs::write(files.join("etc/three"), "").unwrap();
             fs::remove_file(files.join("etc/link")).unwrap();
+            std::os::unix::fs::symlink("2wo", files.join("etc/link")).unwrap();
             fs::set_permissions(files.join("etc/a b/one"), PermissionsExt::from_mode(0o640)).unwrap();
         });
         let found = first.differences(&other);
         let of = |path: &str| found.iter().find(|line| line.starts_with(path)).map_or("", |line| line);
         assert_eq!(found.len(), 4, "{found:?}");
         assert!(of("etc/a b/one").contains("0644") && of("etc/a b/one").contains("0640"), "{found:?}");
-        assert!(of("etc/link").contains("only on the first"), "{found:?}");
+        assert!(of("etc/link").contains("another target"), "{found:?}");
         assert!(of("etc/three").contains("only on the second"), "{found:?}");
         assert!(of("etc/two").contains("other contents"), "{found:?}");
     }
