@@ -167,7 +167,8 @@ impl Watched<'_> {
 fn tests(run: &Watched<'_>) -> Result<Vec<Test>, Error> {
     let started = Instant::now();
     let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    build.args(["test", "--locked", "--release", "-p", "lab-tests", "--test", "*", "--no-run"]);
+    // All of the workspace, as scripts/test has built it.
+    build.args(["test", "--locked", "--release", "--workspace", "--test", "*", "--no-run"]);
     build.arg("--message-format=json-render-diagnostics").current_dir(env!("CARGO_MANIFEST_DIR"));
     let mut programs = Vec::new();
     run.run(build, &mut |line| {
@@ -198,11 +199,12 @@ fn tests(run: &Watched<'_>) -> Result<Vec<Test>, Error> {
     Ok(found.into_iter().map(test).collect())
 }
 
-/// Name and path of a program of tests, from a message of cargo's.
+/// Name and path of a program of end-to-end tests, from a message of cargo's.
 fn program(line: &str) -> Option<(String, PathBuf)> {
     let message: serde_json::Value = serde_json::from_str(line).ok()?;
     let name = message["target"]["name"].as_str()?;
     let program = message["executable"].as_str()?;
     let is_test = message["target"]["kind"][0] == "test";
-    (message["reason"] == "compiler-artifact" && is_test).then(|| (name.into(), program.into()))
+    let ours = message["manifest_path"] == concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    (message["reason"] == "compiler-artifact" && is_test && ours).then(|| (name.into(), program.into()))
 }
