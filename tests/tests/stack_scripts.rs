@@ -19,7 +19,18 @@ struct Node {
 impl Node {
     fn new(programs: &[(&str, &str)]) -> Self {
         let node = Self { root: tempfile::tempdir().unwrap() };
-        for folder in ["bin", "step", "root", "etc/systemd/system", "etc/kubernetes", "usr/local/sbin"] {
+        for folder in [
+            "bin",
+            "step",
+            "root",
+            "etc/default",
+            "etc/kubernetes",
+            "etc/modules-load.d",
+            "etc/sysctl.d",
+            "etc/systemd/system",
+            "usr/local/sbin",
+            "usr/local/share/lab/kubernetes",
+        ] {
             fs::create_dir_all(node.path(folder)).unwrap();
         }
         for (name, does) in programs {
@@ -37,14 +48,17 @@ impl Node {
 
     /// Runs a script of the stack kubernetes with these options and facts.
     fn try_run(&self, script: &str, variables: &[(&str, &str)]) -> Output {
-        let read = |below: &str| fs::read_to_string(repository().join("scripts/stacks").join(below)).unwrap();
-        let whole = read("prelude.sh") + &read(&format!("kubernetes/{script}"));
         let root = self.root.path().display();
-        let moved = ["/etc/", "/usr/local/", "/root/", "/var/lib/", "/var/log/"]
-            .iter()
-            .fold(whole, |text, path| text.replace(path, &format!("{root}{path}")))
-            .replace("/usr/lib/apt/apt-helper", "apt-helper");
-        fs::write(self.path("script"), moved).unwrap();
+        let moved = |below: &str| {
+            let text = fs::read_to_string(repository().join("scripts/stacks").join(below)).unwrap();
+            ["/etc/", "/usr/local/", "/root/", "/var/lib/", "/var/log/"]
+                .iter()
+                .fold(text, |text, path| text.replace(path, &format!("{root}{path}")))
+                .replace("/usr/lib/apt/apt-helper", "apt-helper")
+        };
+        fs::write(self.path("step/settings.sh"), moved("kubernetes/settings.sh")).unwrap();
+        fs::write(self.path("script"), moved("prelude.sh") + &moved(&format!("kubernetes/{script}")))
+            .unwrap();
         let mut command = self.command(Path::new("sh"));
         command.arg(self.path("script")).envs(variables.iter().copied());
         output(command, b"")
@@ -85,8 +99,6 @@ fn init(patience: &str) -> [(&str, &str); 6] {
 /// A master for the step `init` of this version of Kubernetes. `answer` is what curl does when the API server is asked for
 /// the `$number`th time, from 0 on: its answer goes to the file `$said`, its logs are below `$pods`.
 fn master(version: &str, answer: &str) -> Node {
-    let kubeadm =
-        format!("case $1 in version) echo {version} ;; token) echo abcdef.0123456789abcdef ;; esac");
     let curl = format!(
         r#"root=${{0%/bin/curl}}
         pods=$root/var/log/pods
@@ -99,9 +111,8 @@ fn master(version: &str, answer: &str) -> Node {
         {answer}"#
     );
     let node = Node::new(&[
-        ("kubeadm", &kubeadm),
+        ("kubeadm", ""),
         ("curl", &curl),
-        ("dpkg-query", "printf installed"),
         ("systemctl", ""),
         ("sleep", ""),
         ("ctr", ""),
@@ -109,6 +120,7 @@ fn master(version: &str, answer: &str) -> Node {
         ("journalctl", r#"for n in 1 2 3 4 5; do echo "E1129 1$n] node \"master\" not found"; done"#),
     ]);
     fs::write(node.path("etc/kubernetes/admin.conf"), "").unwrap();
+    fs::write(node.path("usr/local/share/lab/kubernetes/version"), format!("{version}\n")).unwrap();
     node
 }
 
@@ -125,12 +137,46 @@ fn kubeadm_finds_patches_where_its_version_looks() {
         assert!(config.contains(&format!("apiVersion: kubeadm.k8s.io/{api}\nkind: InitConfiguration")));
         let folder = node.path("etc/kubernetes/lab/patches");
         assert_eq!(config.contains(&format!("\npatches: {{directory: {}}}\n", folder.display())), !flag);
-        let phases: Vec<&str> = calls.lines().filter(|call| call.starts_with("kubeadm init phase")).collect();
-        assert_eq!(phases.len(), 11, "{calls}");
-        assert!(phases.iter().all(|call| call.contains("--config")), "{calls}");
-        assert_eq!(phases.iter().filter(|call| call.contains("patches ")).count(), if flag { 4 } else { 0 });
+        let runs: Vec<&str> = calls.lines().filter(|call| call.starts_with("kubeadm init ")).collect();
+        assert!(runs.iter().all(|run| run.contains("--config")), "{calls}");
+        assert!(runs.iter().all(|run| run.contains("patches ") == flag), "{calls}");
         assert!(folder.join("etcd+strategic.yaml").exists());
     }
+}
+
+/// What `kubeadm init` does is done once: before the API server is waited for, or after that.
+#[test]
+fn each_phase_is_run_once() {
+    let node = master("v1.20.2", "printf ok > \"$said\"");
+    let calls = node.run("init.sh", &init("1"));
+    let skipped: Vec<Vec<&str>> = calls
+        .lines()
+        .filter_map(|call| call.strip_prefix("kubeadm init ")?.split_once("--skip-phases "))
+        .map(|(_, phases)| phases.split(',').collect())
+        .collect();
+    let [first, second] = &skipped[..] else { panic!("{calls}") };
+    let before = ["certs", "kubeconfig", "kubelet-start", "control-plane/apiserver", "etcd"];
+    let (manager, scheduler) = ("control-plane/controller-manager", "control-plane/scheduler");
+    let after = [manager, scheduler, "upload-config", "mark-control-plane", "bootstrap-token", "addon"];
+    // lab waits in its own way, and the nodes were looked at when their packages were installed.
+    let never = ["preflight", "wait-control-plane", "kubelet-finalize"];
+    let same = |skipped: &[&str], wanted: &[&str]| {
+        let sorted =
+            |phases: &[&str]| std::collections::BTreeSet::from_iter(phases.iter().map(|p| p.to_string()));
+        assert_eq!(sorted(skipped), sorted(wanted));
+    };
+    same(first, &[&never[..], &after[..]].concat());
+    same(second, &[&never[..], &before[..]].concat());
+    let waited = calls.find("curl ").unwrap();
+    assert!(calls.find("kubeadm init").unwrap() < waited && calls.rfind("kubeadm init").unwrap() > waited);
+
+    let token = fs::read_to_string(node.path("etc/kubernetes/lab/token")).unwrap();
+    let (id, secret) = token.trim().split_once('.').unwrap();
+    assert!(id.len() == 6 && secret.len() == 16, "{token}");
+    assert!(
+        (id.to_owned() + secret).bytes().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()),
+        "{token}"
+    );
 }
 
 /// What serves in the end was waited for in words, and had the processors to itself where they are slow.
@@ -180,7 +226,7 @@ fn an_api_server_is_waited_for() {
         assert_eq!(after.split_once('\n').unwrap().1.starts_with(&weights(100)), slow, "{calls}");
         assert_eq!(calls.matches("CPUWeight").count(), if slow { 4 } else { 0 }, "{calls}");
         assert_eq!(asking.matches("curl ").count(), 1, "{calls}");
-        assert!(before.contains("kubelet-start"), "{calls}");
+        assert!(before.contains("kubeadm init "), "{calls}");
     }
 }
 
@@ -217,7 +263,7 @@ the API server has ended 5 times in ";
     let calls = node.calls();
     assert_eq!(calls.matches("curl ").count(), 6, "{calls}");
     assert!(calls.ends_with("user.slice CPUWeight=100\n"), "{calls}");
-    assert!(!calls.contains("controller-manager --config"), "{calls}");
+    assert_eq!(calls.matches("kubeadm init ").count(), 1, "{calls}");
 }
 
 /// The same of one that was never started, at the limit.
@@ -277,28 +323,36 @@ fn the_api_server_is_first_at_boot() {
     assert!(node.calls().ends_with("user.slice CPUWeight=100\n"), "{}", node.calls());
 }
 
+/// What is asked of kubeadm where it answers with its version and its images.
+const KUBEADM: &str = "case $1 in version) echo v1.36.1 ;; config) echo registry.k8s.io/pause:3.10 ;; esac";
+
 /// What a kubelet says many times a second while it waits is no work for the journal, where that costs something.
 #[test]
 fn a_kubelet_says_less_on_a_slow_node() {
     for (patience, less) in [("8", true), ("1", false)] {
-        let node = Node::new(&[
-            (
-                "kubeadm",
-                "case $1 in version) echo v1.36.1 ;; config) echo registry.k8s.io/pause:3.10 ;; esac",
-            ),
-            ("systemctl", ""),
-            ("modprobe", ""),
-            ("sysctl", ""),
-        ]);
-        for folder in ["default", "modules-load.d", "sysctl.d"] {
-            fs::create_dir_all(node.path("etc").join(folder)).unwrap();
-        }
+        let node = Node::new(&[("kubeadm", KUBEADM), ("systemctl", ""), ("modprobe", ""), ("sysctl", "")]);
+        let baked = node.run("settings.sh", &[]);
+        assert!(
+            baked.contains("systemctl enable containerd.service kubelet.service lab-pod-network.service")
+        );
         let facts = [("LAB_SOURCE", "bundle"), ("LAB_IP", "192.168.60.10"), ("LAB_PATIENCE", patience)];
         let calls = node.run("runtime.sh", &facts);
-        let unit = fs::read_to_string(node.path("etc/systemd/system/kubelet.service.d/lab.conf"));
+        let units = node.path("etc/systemd/system/kubelet.service.d");
         let limited = "[Service]\nLogRateLimitIntervalSec=30s\nLogRateLimitBurst=20\n";
+        let unit = fs::read_to_string(units.join("lab-slow.conf"));
         assert_eq!(unit.ok().as_deref(), less.then_some(limited));
-        assert!(calls.contains("systemctl daemon-reload"), "{calls}");
+        // systemd learns of it, and kubeadm is started in neither case: both take seconds on a slow node.
+        let calls = calls.strip_prefix(&baked).unwrap();
+        assert_eq!(calls.contains("systemctl daemon-reload"), !less, "{calls}");
+        assert!(!calls.contains("kubeadm"), "{calls}");
+        let settings = fs::read_to_string(node.path("etc/containerd/config.toml")).unwrap();
+        assert!(settings.contains("sandbox_image = \"registry.k8s.io/pause:3.10\"\n"), "{settings}");
+        // A kubelet that can only fail is not started again and again.
+        let unit = fs::read_to_string(units.join("lab.conf")).unwrap();
+        assert!(
+            unit.contains("\nConditionPathExists=") && unit.ends_with("/kubelet/config.yaml\n"),
+            "{unit}"
+        );
     }
 }
 
@@ -378,6 +432,7 @@ fn packages_upstream(options: &[(&str, &str)]) -> String {
         ("apt-helper", "echo \"$4\" > \"$5\""),
         ("gpg", &gpg),
         ("apt-mark", ""),
+        ("kubeadm", KUBEADM),
         ("systemctl", ""),
     ]);
     for (file, text) in [

@@ -1,16 +1,15 @@
 # The control plane, by the phases of `kubeadm init`: each can be done again, so this goes on where it was cut off. The API
 # server starts with its store alone; the controllers, which ask it without end, when it answers.
 set -eu
-packages curl # the API server is asked by it; lab's own images have it
 export KUBECONFIG=/etc/kubernetes/admin.conf
-version=$(kubeadm version -o short)
+version=$(cat /usr/local/share/lab/kubernetes/version)
 minor=${version#v1.}
 minor=${minor%%.*}
 work=/etc/kubernetes/lab
 mkdir -p -m 700 "$work/patches"
 
 # Workers join by it, now and whenever one is added: it holds as long as the lab, inside which it is known.
-[ -s "$work/token" ] || (umask 077 && kubeadm token generate > "$work/token")
+[ -s "$work/token" ] || (umask 077 && tr -dc a-z0-9 < /dev/urandom | head -c 22 | sed 's/^....../&./' > "$work/token")
 token=$(cat "$work/token")
 
 api=v1beta4
@@ -84,7 +83,7 @@ $([ $api != v1beta4 ] || only_slow 'encryptionAlgorithm: ECDSA-P256')
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 cgroupDriver: $driver
-$(only_slow 'nodeStatusUpdateFrequency: 30s' 'runtimeRequestTimeout: 15m')
+$(only_slow 'nodeStatusUpdateFrequency: 4s' 'nodeStatusReportFrequency: 30s' 'runtimeRequestTimeout: 15m')
 ---
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -257,9 +256,14 @@ END
     systemctl enable lab-control-plane.service
 fi
 
-phase() {
-    echo "kubeadm init phase $*"
-    kubeadm init phase "$@" --config "$work/config.yaml"
+# without PHASES: `kubeadm init` but for these. What it says to whoever runs it by hand is told only if it fails.
+without() {
+    # shellcheck disable=SC2086 # two words or none
+    if ! kubeadm init --config "$work/config.yaml" $patches --skip-phases "preflight,$1,kubelet-finalize" > "$work/said"
+    then
+        cat "$work/said"
+        return 1
+    fi
 }
 
 # answers STARTS: waits until the API server has no more to do before it serves.
@@ -276,19 +280,13 @@ asks() {
     done
 }
 
-phase certs all
-phase kubeconfig all
-phase control-plane apiserver $patches
-phase etcd local $patches
 starts=$(/usr/local/sbin/lab-control-plane starts)
-phase kubelet-start
+controllers=control-plane/controller-manager,control-plane/scheduler
+echo "certificates, kubelet, etcd, API server"
+without "$controllers,wait-control-plane,upload-config,mark-control-plane,bootstrap-token,addon"
 answers "$starts"
-phase control-plane controller-manager $patches
-phase control-plane scheduler $patches
-asks phase upload-config all
-asks phase mark-control-plane
-asks phase bootstrap-token
-asks phase addon all
+echo "controllers, configuration, DNS, proxy"
+asks without certs,kubeconfig,kubelet-start,control-plane/apiserver,etcd,wait-control-plane
 # The pods' network, where it consists of pods itself. Some of it can be understood only when the rest is known.
 [ "$LAB_OPT_NETWORK" = bridge ] ||
     asks kubectl apply --server-side -f /usr/local/share/lab/kubernetes/network.yaml

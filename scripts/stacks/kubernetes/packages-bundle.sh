@@ -2,7 +2,7 @@
 # the bundle.
 set -eu
 # Debian 13's containerd is the last that talks to the kubelets of before 1.23; it knows the later ones, too.
-needed="containerd runc containernetworking-plugins iptables conntrack socat openssl zstd"
+needed="containerd runc containernetworking-plugins iptables conntrack socat openssl curl zstd"
 [ "$LAB_OPT_STORAGE" != nfs ] || needed="$needed nfs-kernel-server nfs-common"
 # shellcheck disable=SC2086 # one word a package
 packages $needed
@@ -62,5 +62,5 @@ esac
 END
 chmod 755 /usr/local/bin/crictl
 
-systemctl daemon-reload
-systemctl enable containerd.service kubelet.service
+# shellcheck source=/dev/null
+. "$LAB_STEP/settings.sh"

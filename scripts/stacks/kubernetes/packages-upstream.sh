@@ -35,7 +35,7 @@ else
     repository docker "$url" "$VERSION_CODENAME" stable "$url/gpg" 9DC858229FC7DD38854AE2D88D81803C0EBFCD88
 fi
 # shellcheck disable=SC2086 # one word a package
-packages $runtime iptables conntrack socat openssl kubelet kubeadm kubectl cri-tools kubernetes-cni
+packages $runtime iptables conntrack socat openssl curl kubelet kubeadm kubectl cri-tools kubernetes-cni
 apt-mark hold kubelet kubeadm kubectl
 # Its key is renewed every other year: with an old one, everything else could not be installed any more either.
 rm -f /etc/apt/sources.list.d/kubernetes.sources $settings
@@ -44,4 +44,5 @@ if [ "$LAB_OPT_STORAGE" = nfs ]; then
     # The step `services` starts it on the master.
     [ -e /etc/kubernetes/kubelet.conf ] || systemctl disable nfs-server.service
 fi
-systemctl enable containerd.service kubelet.service
+# shellcheck source=/dev/null
+. "$LAB_STEP/settings.sh"

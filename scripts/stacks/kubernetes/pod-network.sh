@@ -47,7 +47,7 @@ cat > /etc/cni/net.d/10-lab.conflist << END
 }
 END
 
-# Made again at each boot.
+# Run at each boot, too.
 {
     echo '#!/bin/sh -e'
     echo '# Written by lab: ways to the pods of other nodes. What leaves the cluster has the address of its node.'
@@ -63,22 +63,4 @@ END
     echo 'done'
 } > /usr/local/sbin/lab-pod-network
 chmod 755 /usr/local/sbin/lab-pod-network
-cat > /etc/systemd/system/lab-pod-network.service << 'END'
-[Unit]
-Description=Routes to the pods of other nodes
-Wants=network-online.target
-After=network-online.target
-Before=kubelet.service
-
-[Service]
-Type=oneshot
-RemainAfterExit=yes
-ExecStart=/usr/local/sbin/lab-pod-network
-
-[Install]
-WantedBy=multi-user.target
-END
-
-systemctl daemon-reload
-systemctl enable lab-pod-network.service
 systemctl restart lab-pod-network.service
