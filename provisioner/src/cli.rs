@@ -387,7 +387,11 @@ pub enum HostAction {
     /// Show which host is used, and how it is
     Status,
     /// Start the emulated host
-    Start,
+    Start {
+        /// For nodes that don't boot without it: x86-64-v3. Encryption and digests are several times slower then
+        #[arg(long)]
+        avx2: bool,
+    },
     /// Stop the emulated host
     Stop {
         /// Even if labs run in it: they are ended as by pulling their plugs

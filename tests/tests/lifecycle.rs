@@ -1,7 +1,7 @@
 //! A lab's life through the real command, on the tiny image: up, again, into nodes, halt, restart, destroy.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
-use lab_tests::{TestLab, free_port, http_get, waiting::Waiting};
+use lab_tests::{TestLab, emulated, free_port, http_get, waiting::Waiting};
 
 fn two_nodes(name: &str, port: u16) -> String {
     format!(
@@ -214,6 +214,12 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
     let link = "update-alternatives --install /usr/bin/one one /bin/true 1 \
                 --slave /usr/share/man/man1/one.1 one.1 /etc/hostname";
     assert_eq!(lab.shell("a", link, b"").0, Some(0));
+    // An emulated host has no AVX2, which would make encryption slower by far, unless it is started with it.
+    if emulated() {
+        assert_eq!(lab.shell("a", "grep -m 1 -c -w avx2 /proc/cpuinfo", b"").1, "0\n");
+        let said = lab.fails(1, &["host", "start", "--avx2"]);
+        assert!(said.contains("runs without AVX2: `lab host stop`"), "{said}");
+    }
     // DNS and TCP to the outside.
     let fetch =
         "curl -s -m 60 -o /dev/null -w '%{http_code}' http://deb.debian.org/debian/dists/trixie/Release";

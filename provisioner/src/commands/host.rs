@@ -12,7 +12,7 @@ use crate::{
         emulated::{
             carry::{self, Carried, Wants},
             files::Files,
-            machine,
+            machine::{self, Wanted},
         },
     },
 };
@@ -35,12 +35,13 @@ pub fn run(context: &Context, forced: Option<&str>, action: HostAction) -> Resul
     let files = Files::new(&context.paths);
     match action {
         HostAction::Status => return status(context, forced, &files),
-        HostAction::Start => {
+        HostAction::Start { avx2 } => {
             let task = context.progress.begin("host", "start the emulated host");
             files.create().map_err(host::Error::from)?;
             let say = &mut |line: &str| task.detail(line);
             let lock = machine::lock_start(&files, false, say).map_err(host::Error::from)?;
-            machine::ensure(&files, &context.paths, true, say).map_err(host::Error::from)?;
+            let wanted = Wanted { by_hand: true, avx2 };
+            machine::ensure(&files, &context.paths, wanted, say).map_err(host::Error::from)?;
             drop(lock);
             task.done();
         }

@@ -26,7 +26,7 @@ use super::{
     files::Files,
     forwards,
     line::{Heard, Line},
-    machine::{self, Status},
+    machine::{self, Status, Wanted},
     request::{Answer, Report, Request, Written},
     ssh,
     supervisor::die_with_us,
@@ -78,7 +78,7 @@ pub fn run(
     if !wants.start && machine::status(&files) == Status::Stopped {
         return Ok(Carried::Here(start));
     }
-    let state = machine::ensure(&files, paths, false, say)?;
+    let state = machine::ensure(&files, paths, Wanted::default(), say)?;
     drop(task);
     let terminal = io::stdin().is_terminal() && io::stdout().is_terminal() && io::stderr().is_terminal();
     let line = Line::new()?;

@@ -33,6 +33,15 @@ const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// an image).
 const LOCK_LIMIT: Duration = Duration::from_secs(900);
 
+/// What a machine that is started is like.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wanted {
+    /// The user starts it, who will also stop it.
+    pub by_hand: bool,
+    /// With AVX2.
+    pub avx2: bool,
+}
+
 /// How the machine is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Status {
@@ -65,18 +74,20 @@ pub fn lock_start(files: &Files, shared: bool, say: &mut dyn FnMut(&str)) -> Res
         .ok_or(Error::Busy("starts or stops the emulated host"))
 }
 
-/// Starts the machine where it is not running. The caller holds the lock of [`lock_start`].
+/// Starts the machine where it is not running. One that runs has AVX2 if that is wanted, or it is an error. The caller
+/// holds the lock of [`lock_start`].
 pub fn ensure(
     files: &Files,
     paths: &Paths,
-    by_hand: bool,
+    wanted: Wanted,
     say: &mut dyn FnMut(&str),
 ) -> Result<State, Error> {
     let end = Instant::now() + START_LIMIT;
     loop {
         match status(files) {
+            Status::Running(_) if wanted.avx2 && !has_avx2(files)? => return Err(Error::WithoutAvx2),
             Status::Running(state) => return Ok(state),
-            Status::Stopped => return start(files, paths, by_hand, say),
+            Status::Stopped => return start(files, paths, wanted, say),
             // Whoever started it has gone; it is still coming up, or going down.
             Status::Starting if Instant::now() < end => thread::sleep(Duration::from_millis(50)),
             Status::Starting => {
@@ -87,7 +98,12 @@ pub fn ensure(
     }
 }
 
-fn start(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str)) -> Result<State, Error> {
+/// Whether the machine that runs has AVX2.
+fn has_avx2(files: &Files) -> Result<bool, Error> {
+    Ok(json_file::read::<supervisor::Config>(&files.supervisor())?.is_some_and(|config| config.avx2))
+}
+
+fn start(files: &Files, paths: &Paths, wanted: Wanted, say: &mut dyn FnMut(&str)) -> Result<State, Error> {
     let tools = Tools::find()?;
     let memory_mib = memory()?;
     let authorized_key = keys::prepare(files, &tools)?;
@@ -123,7 +139,8 @@ fn start(files: &Files, paths: &Paths, by_hand: bool, say: &mut dyn FnMut(&str))
         lab: lab.clone(),
         cpus,
         memory_mib,
-        by_hand,
+        by_hand: wanted.by_hand,
+        avx2: wanted.avx2,
     };
     json_file::write(&files.supervisor(), &config)?;
     forget(files);

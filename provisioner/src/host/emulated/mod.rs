@@ -85,6 +85,9 @@ pub enum Error {
         /// What is free, in MiB.
         available: u64,
     },
+    /// It runs already, and is not as it is wanted.
+    #[error("the emulated host runs without AVX2: `lab host stop`, then `lab host start --avx2`")]
+    WithoutAvx2,
     /// A path that the kernel's command line can't hold.
     #[error(
         "the emulated host cannot start: the path {0:?} has a character that a kernel's command line cannot hold (a quote, `=` or a line's end)"
