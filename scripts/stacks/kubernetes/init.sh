@@ -1,5 +1,5 @@
 # The control plane, by the phases of `kubeadm init`: each can be done again, so this goes on where it was cut off. The API
-# server starts with its store alone; the controllers, which ask it without end, when it answers.
+# server starts with its store alone; the controllers, which ask it without end, when it has all that they are to work on.
 set -eu
 export KUBECONFIG=/etc/kubernetes/admin.conf
 version=$(cat /usr/local/share/lab/kubernetes/version)
@@ -83,7 +83,7 @@ $([ $api != v1beta4 ] || only_slow 'encryptionAlgorithm: ECDSA-P256')
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 cgroupDriver: $driver
-$(only_slow 'nodeStatusUpdateFrequency: 4s' 'nodeStatusReportFrequency: 30s' 'runtimeRequestTimeout: 15m')
+$(only_slow 'nodeStatusUpdateFrequency: 10s' 'nodeStatusReportFrequency: 30s' 'runtimeRequestTimeout: 15m')
 ---
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -258,9 +258,9 @@ fi
 
 # without PHASES: `kubeadm init` but for these. What it says to whoever runs it by hand is told only if it fails.
 without() {
+    phases=preflight,$1,wait-control-plane,kubelet-finalize
     # shellcheck disable=SC2086 # two words or none
-    if ! kubeadm init --config "$work/config.yaml" $patches --skip-phases "preflight,$1,kubelet-finalize" > "$work/said"
-    then
+    if ! kubeadm init --config "$work/config.yaml" $patches --skip-phases "$phases" > "$work/said"; then
         cat "$work/said"
         return 1
     fi
@@ -281,12 +281,16 @@ asks() {
 }
 
 starts=$(/usr/local/sbin/lab-control-plane starts)
+base=certs,kubeconfig,kubelet-start,control-plane/apiserver,etcd
+told=upload-config,mark-control-plane,bootstrap-token,addon
 controllers=control-plane/controller-manager,control-plane/scheduler
 echo "certificates, kubelet, etcd, API server"
-without "$controllers,wait-control-plane,upload-config,mark-control-plane,bootstrap-token,addon"
+without "$told,$controllers"
 answers "$starts"
-echo "controllers, configuration, DNS, proxy"
-asks without certs,kubeconfig,kubelet-start,control-plane/apiserver,etcd,wait-control-plane
+echo "configuration, token, DNS, proxy"
+asks without "$base,$controllers"
+echo "controllers, scheduler"
+without "$base,$told"
 # The pods' network, where it consists of pods itself. Some of it can be understood only when the rest is known.
 [ "$LAB_OPT_NETWORK" = bridge ] ||
     asks kubectl apply --server-side -f /usr/local/share/lab/kubernetes/network.yaml
