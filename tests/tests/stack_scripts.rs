@@ -140,7 +140,12 @@ fn kubeadm_finds_patches_where_its_version_looks() {
         let runs: Vec<&str> = calls.lines().filter(|call| call.starts_with("kubeadm init ")).collect();
         assert!(runs.iter().all(|run| run.contains("--config")), "{calls}");
         assert!(runs.iter().all(|run| run.contains("patches ") == flag), "{calls}");
-        assert!(folder.join("etcd+strategic.yaml").exists());
+        let patch = |part: &str| fs::read_to_string(folder.join(format!("{part}+strategic.yaml"))).unwrap();
+        assert!(
+            patch("etcd").contains("\n  - name: etcd\n") && patch("etcd").contains("{requests: {cpu: 250m}}")
+        );
+        assert!(patch("kube-scheduler").contains("{requests: {cpu: 50m}}"));
+        assert!(patch("kube-apiserver").contains("\n    readinessProbe: "));
     }
 }
 

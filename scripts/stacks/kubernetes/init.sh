@@ -224,14 +224,17 @@ chmod 755 /usr/local/sbin/lab-control-plane
 
 rm -f "$work/patches/"*
 if [ $slow = yes ]; then
-    # Nobody is killed for being slow, and Go's collector runs less often.
-    for name in kube-apiserver kube-controller-manager kube-scheduler etcd; do
+    # Nobody is killed for being slow, and Go's collector runs less often. Who is asked by the others goes before them: an
+    # API server that is not answered by its store ends.
+    for share in etcd=250m kube-apiserver=200m kube-controller-manager=50m kube-scheduler=50m; do
+        name=${share%=*}
         cat > "$work/patches/$name+strategic.yaml" << END
 spec:
   containers:
   - name: $name
     env:
     - {name: GOGC, value: "400"}
+    resources: {requests: {cpu: ${share#*=}}}
     livenessProbe: {periodSeconds: 60, timeoutSeconds: 60, failureThreshold: 60}
     startupProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 120}
 END
