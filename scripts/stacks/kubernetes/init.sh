@@ -1,5 +1,5 @@
 # The control plane, by the phases of `kubeadm init`: each can be done again, so this goes on where it was cut off. The API
-# server starts with its store alone; the controllers, which ask it without end, when it has all that they are to work on.
+# server starts with its store alone; the controllers, which ask it without end, when it has what workers join by.
 set -eu
 export KUBECONFIG=/etc/kubernetes/admin.conf
 version=$(cat /usr/local/share/lab/kubernetes/version)
@@ -224,21 +224,20 @@ chmod 755 /usr/local/sbin/lab-control-plane
 
 rm -f "$work/patches/"*
 if [ $slow = yes ]; then
-    # Nobody is killed for being slow, and Go's collector runs less often. Who is asked by the others goes before them: an
-    # API server that is not answered by its store ends.
-    for share in etcd=250m kube-apiserver=200m kube-controller-manager=50m kube-scheduler=50m; do
-        name=${share%=*}
+    # Nobody is killed for being slow, and Go's collector runs less often.
+    for name in kube-apiserver kube-controller-manager kube-scheduler etcd; do
         cat > "$work/patches/$name+strategic.yaml" << END
 spec:
   containers:
   - name: $name
     env:
     - {name: GOGC, value: "400"}
-    resources: {requests: {cpu: ${share#*=}}}
     livenessProbe: {periodSeconds: 60, timeoutSeconds: 60, failureThreshold: 60}
     startupProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 120}
 END
     done
+    # An API server ends if its store does not answer: that has as much of the processors as itself, not half.
+    echo '    resources: {requests: {cpu: 250m}}' >> "$work/patches/etcd+strategic.yaml"
     echo '    readinessProbe: {periodSeconds: 20, timeoutSeconds: 60, failureThreshold: 60}' \
         >> "$work/patches/kube-apiserver+strategic.yaml"
 
@@ -285,15 +284,15 @@ asks() {
 
 starts=$(/usr/local/sbin/lab-control-plane starts)
 base=certs,kubeconfig,kubelet-start,control-plane/apiserver,etcd
-told=upload-config,mark-control-plane,bootstrap-token,addon
-controllers=control-plane/controller-manager,control-plane/scheduler
+configuration=upload-config,mark-control-plane,bootstrap-token
+others=control-plane/controller-manager,control-plane/scheduler,addon
 echo "certificates, kubelet, etcd, API server"
-without "$told,$controllers"
+without "$configuration,$others"
 answers "$starts"
-echo "configuration, token, DNS, proxy"
-asks without "$base,$controllers"
-echo "controllers, scheduler"
-without "$base,$told"
+echo "configuration, token"
+asks without "$base,$others"
+echo "controllers, scheduler, DNS, proxy"
+asks without "$base,$configuration"
 # The pods' network, where it consists of pods itself. Some of it can be understood only when the rest is known.
 [ "$LAB_OPT_NETWORK" = bridge ] ||
     asks kubectl apply --server-side -f /usr/local/share/lab/kubernetes/network.yaml
