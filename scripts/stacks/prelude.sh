@@ -1,5 +1,5 @@
 # What every script of a stack begins with: functions to get software with. What can't be fetched is told with where from
-# and what to do.
+# and what to do. Their variables are their own: a script may have others of these names.
 
 # apt COMMAND…: apt-get, patient with the network and with whoever else installs something.
 apt() {
@@ -9,7 +9,7 @@ apt() {
 
 # packages NAME…: installs those that are not installed yet, without what they only recommend. NAME=VERSION is that version.
 packages() {
-    missing=
+    local package missing=
     for package; do
         [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null)" = installed ] ||
             missing="$missing $package"
@@ -40,6 +40,7 @@ download() {
 # its fingerprint, not by where it came from: a file with any other primary key is refused. Without a fingerprint, KEY_URL
 # is a file of this node's, which is trusted as it is.
 repository() {
+    local key found
     packages ca-certificates gpg
     install -d -m 755 /etc/apt/keyrings
     key=/etc/apt/keyrings/$1.asc
@@ -66,7 +67,7 @@ repository() {
 
 # again TRIES COMMAND…: runs a command that may be turned away, until it succeeds.
 again() {
-    tries=$1
+    local tries=$1
     shift
     until "$@"; do
         tries=$((tries - 1))

@@ -457,6 +457,8 @@ fn packages_upstream(options: &[(&str, &str)]) -> String {
     let unset = ["LAB_OPT_PACKAGES", "LAB_OPT_PACKAGES_KEY", "LAB_OPT_MIRROR_CA"].map(|name| (name, ""));
     let set = [("LAB_OPT_VERSION", "1.36"), ("LAB_OPT_STORAGE", "none")];
     let calls = node.run("packages-upstream.sh", &[&unset[..], &set[..], options].concat());
+    // The repository's key is there when packages are installed, and later.
+    assert!(node.path("etc/apt/keyrings/kubernetes.asc").exists(), "{calls}");
     let left = node.path("etc/apt/sources.list.d/kubernetes.sources");
     assert!(!left.exists() && !node.path("etc/apt/apt.conf.d/90lab-mirror").exists());
     if let Some((_, ca)) = options.iter().find(|(name, _)| *name == "LAB_OPT_MIRROR_CA") {

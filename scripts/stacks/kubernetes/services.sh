@@ -97,7 +97,7 @@ kind: L2Advertisement
 metadata: {name: lab, namespace: metallb-system}
 spec: {ipAddressPools: [lab]}
 END
-    tries=0 # `again` counts by the same name
+    tries=0
     until kubectl apply -f "$work/addresses.yaml"; do
         [ $((tries = tries + 1)) -lt 60 ] || exit 1
         sleep 5 # the webhook's certificate is still on its way
