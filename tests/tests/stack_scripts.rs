@@ -384,6 +384,8 @@ fn a_worker_leaves_a_cluster_that_is_gone() {
         let reset = "kubeadm reset --force --cri-socket unix:///run/containerd/containerd.sock\n";
         assert_eq!(calls.ends_with("systemctl start kubelet.service\n"), stays, "{calls}");
         assert!(calls.contains(reset) != stays && calls.contains("kubeadm join ") != stays, "{calls}");
+        // https://github.com/kubernetes/kubernetes/pull/104942
+        assert!(calls.contains("DirAvailable--etc-kubernetes-manifests") != stays, "{calls}");
     }
 }
 

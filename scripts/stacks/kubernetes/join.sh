@@ -34,7 +34,9 @@ nodeRegistration:
   name: $LAB_NODE
   criSocket: $socket
 END
-if ! kubeadm join --config "$config" --ignore-preflight-errors=NumCPU,Mem,SystemVerification; then
+# The packages of pkgs.k8s.io have a file in the folder of manifests, which kubeadm takes for a node in use before 1.23.
+ignored=NumCPU,Mem,SystemVerification,DirAvailable--etc-kubernetes-manifests
+if ! kubeadm join --config "$config" --ignore-preflight-errors=$ignored; then
     # With a certificate of its own the node has joined. What kubeadm does after that is to note the runtime's socket on
     # the node, within 10 s, which is not enough for an API server that has much to do.
     [ -e /etc/kubernetes/kubelet.conf ] || exit 1
