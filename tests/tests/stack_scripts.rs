@@ -164,7 +164,7 @@ fn each_phase_is_run_once() {
     let before = ["certs", "kubeconfig", "kubelet-start", "control-plane/apiserver", "etcd"];
     let served = ["upload-config", "mark-control-plane", "bootstrap-token"];
     let last = ["control-plane/controller-manager", "control-plane/scheduler", "addon"];
-    // lab waits in its own way, and the nodes were looked at when their packages were installed.
+    // lab waits in its own way, for longer than kubeadm would; its nodes are as small as their labfile wants them.
     let never = ["preflight", "wait-control-plane", "kubelet-finalize"];
     let same = |skipped: &[&str], wanted: &[&str]| {
         let sorted =
