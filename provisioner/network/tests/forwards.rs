@@ -51,7 +51,7 @@ fn echo(mut guest: Guest, port: u16, stop: &AtomicBool) {
                 socket.send_slice(&buffer).unwrap();
             }
             match socket.state() {
-                tcp::State::CloseWait if !socket.can_recv() => socket.close(),
+                tcp::State::CloseWait if !socket.can_recv() && socket.send_queue() == 0 => socket.close(),
                 tcp::State::Closed | tcp::State::TimeWait => *handle = guest.listen(port),
                 _ => {}
             }
@@ -303,6 +303,39 @@ fn what_a_node_sends_after_the_hosts_end_is_not_lost() {
 #[test]
 fn what_a_node_sends_before_its_end_is_not_lost() {
     reads_late(true);
+}
+
+#[test]
+fn a_node_that_has_closed_and_reads_little_by_little_is_not_kept_waiting() {
+    let lab = Lab::start();
+    let mut guest = lab.guest(10);
+    let buffer = |room| tcp::SocketBuffer::new(vec![0; room]);
+    // A full window for each 4 KiB: 64 of them, each a second and more if it is not heard that there is room again.
+    let handle = guest.sockets.add(tcp::Socket::new(buffer(4 << 10), buffer(4 << 10)));
+    guest.tcp(handle).set_ack_delay(None);
+    guest.tcp(handle).listen(7).unwrap();
+    let mut client = lab.client();
+    client.get_mut().write_all(b"{\"v\":1,\"do\":\"dial\",\"ip\":\"10.77.0.10\",\"port\":7}\n").unwrap();
+    guest.until("the connection", |guest| guest.tcp(handle).may_send().then_some(()));
+    assert_eq!(read_reply(&mut client), Reply::Done);
+    guest.tcp(handle).close();
+    guest.until("the answer to the end", |guest| {
+        (guest.tcp(handle).state() == tcp::State::FinWait2).then_some(())
+    });
+    assert_eq!(client.read(&mut [0]).unwrap(), 0);
+    let data = noise(256 << 10, 7);
+    client.get_mut().write_all(&data).unwrap();
+    client.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+    let mut got: Vec<u8> = Vec::new();
+    guest.until("all of it, and the end", |guest| {
+        let socket = guest.tcp(handle);
+        if socket.recv_queue() == 4 << 10 || !socket.may_recv() {
+            let _ = socket.recv(|bytes| (bytes.len(), got.extend(&*bytes)));
+        }
+        (!socket.is_active()).then_some(())
+    });
+    assert!(got == data);
+    lab.wait_for("the end of the flow", |status| status.flows == 0);
 }
 
 #[test]

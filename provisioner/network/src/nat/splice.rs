@@ -274,12 +274,7 @@ impl HostSide {
                 }
             });
             match got {
-                Ok(Ok((0, _))) => {
-                    self.read_done = true;
-                    if !self.broken {
-                        tcp.close();
-                    }
-                }
+                Ok(Ok((0, _))) => self.read_done = true,
                 // Less than there was room for: nothing more is there, or the poller says so again (epoll(7)).
                 Ok(Ok((_, true))) if !hung_up => self.readable = false,
                 Ok(Ok(_)) => {}
@@ -287,6 +282,12 @@ impl HostSide {
                 Ok(Err(e)) => return Err(e),
                 Err(_) => break,
             }
+        }
+        // smoltcp 0.14 does not hear in LAST-ACK that a node has room again, and asks a second or more later: there
+        // must be nothing left to send by then.
+        let has_all = tcp.state() == State::Established || tcp.send_queue() == 0;
+        if self.read_done && !self.broken && tcp.may_send() && has_all {
+            tcp.close();
         }
         Ok(())
     }
