@@ -18,6 +18,10 @@ use crate::{hosts::Hosts, lan::Lan};
 const LEASE_SECONDS: u32 = 365 * 24 * 3600;
 /// Most cards that the lab's file does not know.
 const MAX_GUESTS: usize = 1024;
+/// For how long nobody gets an address that a client has declined, since it is somebody's already.
+const DECLINED: Duration = Duration::from_secs(600);
+/// Most addresses that are left out for that.
+const MAX_DECLINED: usize = 256;
 
 const HOST_NAME: u8 = 12;
 const DOMAIN_NAME: u8 = 15;
@@ -34,6 +38,8 @@ const BROADCAST: u8 = 0x80;
 pub struct Dhcp {
     domain: String,
     guests: HashMap<EthernetAddress, Lease>,
+    /// Addresses that were declined, and until when they are left out.
+    declined: HashMap<Ipv4Addr, Instant>,
 }
 
 /// The address of a card that the lab's file does not know.
@@ -58,7 +64,7 @@ pub enum Answer {
 impl Dhcp {
     /// A server for the domain `LAB.lab`.
     pub fn new(domain: String) -> Dhcp {
-        Dhcp { domain, guests: HashMap::new() }
+        Dhcp { domain, guests: HashMap::new(), declined: HashMap::new() }
     }
 
     /// Take a client's message, which came from `station`, and send the answer.
@@ -102,6 +108,10 @@ impl Dhcp {
             DhcpMessageType::Inform => (DhcpMessageType::Ack, Ipv4Addr::UNSPECIFIED),
             DhcpMessageType::Release => {
                 self.end_at(client, request.client_ip(), lan.now);
+                return Answer::None;
+            }
+            DhcpMessageType::Decline => {
+                self.decline(client, asked, lan.now);
                 return Answer::None;
             }
             _ => return Answer::None,
@@ -168,6 +178,17 @@ impl Dhcp {
         }
     }
 
+    /// A card has found that its address is used by another (RFC 2131 §4.3.3).
+    fn decline(&mut self, client: EthernetAddress, ip: Ipv4Addr, now: Instant) {
+        if self.guests.get(&client).is_some_and(|lease| lease.ip == ip) {
+            self.guests.remove(&client);
+            self.declined.retain(|_, until| *until > now);
+            if self.declined.len() < MAX_DECLINED {
+                self.declined.insert(ip, now + DECLINED);
+            }
+        }
+    }
+
     /// A card that has that address keeps it up to then.
     fn end_at(&mut self, client: EthernetAddress, ip: Ipv4Addr, end: Instant) {
         if let Some(lease) = self.guests.get_mut(&client).filter(|lease| lease.ip == ip) {
@@ -194,6 +215,9 @@ impl Dhcp {
         }
         self.guests.remove(&client);
         let usable = |ip: &Ipv4Addr| {
+            if self.declined.get(ip).is_some_and(|until| *until > lan.now) {
+                return false;
+            }
             let heard = lan.neighbors.lookup(*ip, lan.now);
             lan.is_node(*ip) && hosts.by_ip(*ip).is_none() && heard.is_none_or(|station| station == client)
         };
@@ -313,6 +337,26 @@ mod tests {
         assert_eq!(
             dhcp.address_of(card(3), [0; 4].into(), &Hosts::default(), &lan),
             Some([10, 0, 0, 4].into())
+        );
+    }
+
+    #[test]
+    fn what_is_declined_is_nobody_s_for_a_while() {
+        use DhcpMessageType::{Decline, Discover, Request};
+        let mut lan = Lan::new(Ipv4Cidr::new(Ipv4Addr::new(10, 0, 0, 1), 29)).unwrap();
+        let mut dhcp = Dhcp::new("test.lab".into());
+        let lease = |last| Answer::Lease([10, 0, 0, last].into());
+        let mut ask = |n, kind, last| ask(&mut dhcp, &mut lan, n, kind, [10, 0, 0, last]);
+        assert_eq!((ask(2, Discover, 0), ask(2, Request, 6)), (Answer::Reply, lease(6)));
+        assert_eq!(ask(3, Decline, 6), Answer::None, "it is another's");
+        assert_eq!(ask(2, Request, 6), lease(6));
+        assert_eq!(ask(2, Decline, 6), Answer::None);
+        assert_eq!((ask(2, Discover, 6), ask(2, Request, 6)), (Answer::Reply, Answer::Reply), "refused");
+        assert_eq!(ask(2, Request, 5), lease(5));
+        lan.now += DECLINED;
+        assert_eq!(
+            dhcp.address_of(card(3), [10, 0, 0, 6].into(), &Hosts::default(), &lan),
+            Some([10, 0, 0, 6].into())
         );
     }
 

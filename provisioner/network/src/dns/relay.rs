@@ -32,11 +32,20 @@ const MAX_ANSWER: usize = 65535;
 struct Query {
     guest: SocketAddrV4,
     bytes: Vec<u8>,
+    /// Whom to ask, in this order.
+    resolvers: Vec<SocketAddr>,
     socket: Option<OwnedFd>,
     tries: usize,
     deadline: Instant,
     /// The last resolver's answer that says that it has none.
     refusal: Option<Vec<u8>>,
+}
+
+impl Query {
+    /// The resolver that was asked last.
+    fn asked(&self) -> Option<SocketAddr> {
+        self.resolvers.iter().cycle().nth(self.tries.checked_sub(1)?).copied()
+    }
 }
 
 /// The queries under way.
@@ -56,32 +65,35 @@ impl Relay {
             self.queries.pop_first();
         }
         let id = lan.new_id();
-        let (bytes, deadline) = (bytes.to_vec(), lan.now);
-        let query = Query { guest, bytes, socket: None, tries: 0, deadline, refusal: None };
+        let (bytes, deadline, list) = (bytes.to_vec(), lan.now, resolvers.list(lan.now));
+        let query = Query { guest, bytes, resolvers: list, socket: None, tries: 0, deadline, refusal: None };
         self.queries.insert(id, query);
-        self.next_try(id, resolvers, lan);
+        self.next_try(id, lan);
     }
 
     /// The socket of a query became readable.
     pub fn ready(&mut self, id: u64, resolvers: &mut Resolvers, lan: &mut Lan) {
         let Some(query) = self.queries.get_mut(&id) else { return };
-        let Query { socket: Some(socket), bytes, guest, .. } = query else { return };
+        let (Some(socket), bytes, guest) = (&query.socket, &query.bytes, query.guest) else { return };
         let mut answer = vec![0; MAX_ANSWER];
         match rustix::net::recv(socket, answer.as_mut_slice(), RecvFlags::DONTWAIT) {
             Ok((len, _)) => {
                 answer.truncate(len);
                 let response = answer.get(2).is_some_and(|flags| flags & 0x80 != 0);
                 if len >= 12 && response && answer.get(..2) == bytes.get(..2) {
-                    if is_refusal(&answer) && query.tries < resolvers.list(lan.now).len() {
-                        query.refusal = Some(answer);
-                        return self.next_try(id, resolvers, lan);
+                    if let Some(resolver) = query.asked() {
+                        resolvers.has_answered(resolver);
                     }
-                    lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), *guest, &answer);
+                    if is_refusal(&answer) && query.tries < query.resolvers.len() {
+                        query.refusal = Some(answer);
+                        return self.next_try(id, lan);
+                    }
+                    lan.send_udp(SocketAddrV4::new(lan.gateway(), PORT), guest, &answer);
                     self.queries.remove(&id);
                 }
             }
             Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => self.next_try(id, resolvers, lan),
+            Err(_) => self.next_try(id, lan),
         }
     }
 
@@ -95,7 +107,10 @@ impl Relay {
         let due: Vec<u64> =
             self.queries.iter().filter(|(_, query)| query.deadline <= lan.now).map(|(id, _)| *id).collect();
         for id in due {
-            self.next_try(id, resolvers, lan);
+            if let Some(resolver) = self.queries.get(&id).and_then(Query::asked) {
+                resolvers.is_silent(resolver, lan.now);
+            }
+            self.next_try(id, lan);
         }
     }
 
@@ -105,14 +120,12 @@ impl Relay {
     }
 
     /// Send a query to the next resolver that takes it; if there is none, it has failed.
-    fn next_try(&mut self, id: u64, resolvers: &mut Resolvers, lan: &mut Lan) {
+    fn next_try(&mut self, id: u64, lan: &mut Lan) {
         let Some(query) = self.queries.get_mut(&id) else { return };
-        let list = resolvers.list(lan.now);
-        while query.tries < TRIES.max(list.len()) && !list.is_empty() {
-            let resolver = list.iter().cycle().nth(query.tries);
+        while query.tries < TRIES.max(query.resolvers.len()) && !query.resolvers.is_empty() {
             query.tries = query.tries.saturating_add(1);
-            if let Some(resolver) = resolver
-                && let Ok(socket) = send(&query.bytes, *resolver)
+            if let Some(resolver) = query.asked()
+                && let Ok(socket) = send(&query.bytes, resolver)
                 && lan.poller.add(&socket, Token::Dns(id), EventFlags::IN).is_ok()
             {
                 query.socket = Some(socket);

@@ -44,6 +44,7 @@ pub enum Progress {
 #[derive(Debug)]
 struct Upstream {
     socket: OwnedFd,
+    resolver: SocketAddr,
     query: Vec<u8>,
     written: usize,
     answer: Vec<u8>,
@@ -57,6 +58,8 @@ pub struct Session {
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
     upstream: Option<Upstream>,
+    /// Whom to ask, in this order.
+    resolvers: Vec<SocketAddr>,
     /// The last resolver's answer that says that it has none.
     refusal: Option<Vec<u8>>,
 }
@@ -90,16 +93,18 @@ impl Session {
             if let Some(upstream) = self.upstream.as_mut() {
                 match upstream.exchange(lan.now) {
                     Ok(None) => return Progress::Going,
-                    Ok(Some(answer))
-                        if !is_refusal(&answer) || upstream.tries >= resolvers.list(lan.now).len() =>
-                    {
+                    Ok(Some(answer)) if !is_refusal(&answer) || upstream.tries >= self.resolvers.len() => {
+                        resolvers.has_answered(upstream.resolver);
                         self.upstream = None;
                         self.reply(&answer);
                     }
                     other => {
+                        if other == Err(Errno::TIMEDOUT) {
+                            resolvers.is_silent(upstream.resolver, lan.now);
+                        }
                         self.refusal = other.ok().flatten().or(self.refusal.take());
                         let (query, tries) = (std::mem::take(&mut upstream.query), upstream.tries);
-                        self.open(id, query.get(PREFIX..).unwrap_or_default(), tries, resolvers, lan);
+                        self.open(id, query.get(PREFIX..).unwrap_or_default(), tries, lan);
                     }
                 }
                 continue;
@@ -116,7 +121,8 @@ impl Session {
                 Verdict::Answer(answer) => self.reply(&answer),
                 Verdict::Relay => {
                     self.refusal = None;
-                    self.open(id, &query, 0, resolvers, lan);
+                    self.resolvers = resolvers.list(lan.now);
+                    self.open(id, &query, 0, lan);
                 }
                 Verdict::Drop => return Progress::Broken,
             }
@@ -152,10 +158,9 @@ impl Session {
     }
 
     /// Ask the next resolver that takes the query; if there is none, it has failed.
-    fn open(&mut self, id: u64, query: &[u8], tried: usize, resolvers: &mut Resolvers, lan: &mut Lan) {
+    fn open(&mut self, id: u64, query: &[u8], tried: usize, lan: &mut Lan) {
         self.upstream = None;
-        let list = resolvers.list(lan.now);
-        for (n, resolver) in list.iter().enumerate().skip(tried) {
+        for (n, resolver) in self.resolvers.iter().enumerate().skip(tried) {
             if let Ok(socket) = connect(*resolver)
                 && lan
                     .poller
@@ -166,6 +171,7 @@ impl Session {
                 prefixed.extend(query);
                 let upstream = Upstream {
                     socket,
+                    resolver: *resolver,
                     query: prefixed,
                     written: 0,
                     answer: Vec::new(),

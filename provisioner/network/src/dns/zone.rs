@@ -12,14 +12,21 @@ const GATEWAY: &str = "gateway";
 /// Seconds for which an answer may be remembered: short, as nodes come and go.
 const TTL: u32 = 30;
 const TYPE_A: u16 = 1;
+const TYPE_SOA: u16 = 6;
 const TYPE_PTR: u16 = 12;
 const TYPE_OPT: u16 = 41;
 const TYPE_ANY: u16 = 255;
 const HEADER: usize = 12;
+/// Bits of the first byte of flags.
+const OPCODE: u8 = 0x78;
+const RECURSION_DESIRED: u8 = 1;
+/// A pointer to the question's name, behind the header.
+const QUESTION_NAME: [u8; 2] = [0xc0, HEADER as u8];
 /// Response codes.
 const NO_ERROR: u8 = 0;
 const SERVER_FAILURE: u8 = 2;
 const NAME_ERROR: u8 = 3;
+const NOT_IMPLEMENTED: u8 = 4;
 
 /// What the lab's names are made from.
 #[derive(Debug, Clone, Copy)]
@@ -51,35 +58,66 @@ impl Zone<'_> {
         if is_response || packet.question_count() == 0 {
             return Verdict::Drop;
         }
+        // NOTIFY and UPDATE, say, for which there is nobody here.
+        if query.get(2).is_some_and(|flags| flags & OPCODE != 0) {
+            return Verdict::Answer(respond(query, NOT_IMPLEMENTED, None, None));
+        }
+        match self.look_up(query, &packet) {
+            Verdict::Answer(_) if edns_version(query).is_some_and(|version| version > 0) => {
+                Verdict::Answer(bad_version(query))
+            }
+            verdict => verdict,
+        }
+    }
+
+    fn look_up(&self, query: &[u8], packet: &DnsPacket<&[u8]>) -> Verdict {
         // What cannot be understood here may still mean something to a real resolver.
         let Ok((_, question)) = DnsQuestion::parse(packet.payload()) else { return Verdict::Relay };
-        let Some(name) = text(&packet, question.name) else { return Verdict::Relay };
+        let Some(name) = text(packet, question.name) else { return Verdict::Relay };
         let kind = u16::from(question.type_);
         if let Some(ip) = reverse(&name) {
             if !self.cidr.contains_addr(&ip) {
                 return Verdict::Relay;
             }
             let Some(label) = self.name_of(ip) else {
-                return Verdict::Answer(respond(query, NAME_ERROR, None));
+                return self.nothing(query, NAME_ERROR, false);
             };
             let name = wire_name(&format!("{label}.{}", self.domain));
             let wanted = kind == TYPE_PTR || kind == TYPE_ANY;
-            let record = wanted.then_some((TYPE_PTR, name.as_slice()));
-            return Verdict::Answer(respond(query, NO_ERROR, record));
+            return match wanted {
+                true => Verdict::Answer(respond(query, NO_ERROR, Some((TYPE_PTR, &name)), None)),
+                false => self.nothing(query, NO_ERROR, false),
+            };
         }
         if name == self.domain {
-            return Verdict::Answer(respond(query, NO_ERROR, None));
+            return self.nothing(query, NO_ERROR, true);
         }
         let inside = name.strip_suffix(self.domain).and_then(|front| front.strip_suffix('.'));
         match self.address_of(inside.unwrap_or(&name)) {
             Some(ip) => {
                 let ip = ip.octets();
-                let wanted = kind == TYPE_A || kind == TYPE_ANY;
-                Verdict::Answer(respond(query, NO_ERROR, wanted.then_some((TYPE_A, &ip))))
+                match kind == TYPE_A || kind == TYPE_ANY {
+                    true => Verdict::Answer(respond(query, NO_ERROR, Some((TYPE_A, &ip)), None)),
+                    false => self.nothing(query, NO_ERROR, inside.is_some()),
+                }
             }
-            None if inside.is_some() => Verdict::Answer(respond(query, NAME_ERROR, None)),
+            None if inside.is_some() => self.nothing(query, NAME_ERROR, true),
             None => Verdict::Relay,
         }
+    }
+
+    /// That there is nothing of the kind, or no such name, with the record that says for how long this may be remembered
+    /// (RFC 2308 §3): of the lab's domain, if the name is `inside` of it, else of the name itself.
+    fn nothing(&self, query: &[u8], code: u8, inside: bool) -> Verdict {
+        let mut data = wire_name(&format!("{GATEWAY}.{}", self.domain));
+        data.extend(wire_name(&format!("hostmaster.{}", self.domain)));
+        // Serial number, refresh, retry, expire, and the time that counts.
+        for number in [1, TTL, TTL, TTL, TTL] {
+            data.extend(number.to_be_bytes());
+        }
+        let mut soa = if inside { wire_name(self.domain) } else { QUESTION_NAME.to_vec() };
+        push_record(&mut soa, TYPE_SOA, &data);
+        Verdict::Answer(respond(query, code, None, Some(&soa)))
     }
 
     fn address_of(&self, label: &str) -> Option<Ipv4Addr> {
@@ -99,7 +137,17 @@ impl Zone<'_> {
 
 /// The answer to a query that nobody could answer.
 pub fn failure(query: &[u8]) -> Vec<u8> {
-    respond(query, SERVER_FAILURE, None)
+    respond(query, SERVER_FAILURE, None, None)
+}
+
+/// That this is no version of EDNS that is known here: code 16, whose upper bits are in the OPT record (RFC 6891 §6.1.3).
+fn bad_version(query: &[u8]) -> Vec<u8> {
+    let mut response = respond(query, NO_ERROR, None, None);
+    let upper_bits = response.len().saturating_sub(6);
+    if let Some(byte) = response.get_mut(upper_bits) {
+        *byte = 1;
+    }
+    response
 }
 
 /// A name in lower case, its labels joined by dots; none if it is malformed or is not made of ASCII.
@@ -140,34 +188,37 @@ fn wire_name(name: &str) -> Vec<u8> {
     wire
 }
 
-/// A response to `query`: its question, and one record about the name in it.
-fn respond(query: &[u8], code: u8, record: Option<(u16, &[u8])>) -> Vec<u8> {
-    let (Some(header), Some(payload)) = (query.get(..HEADER), query.get(HEADER..)) else { return Vec::new() };
-    let question_len =
-        DnsQuestion::parse(payload).map_or(0, |(rest, _)| payload.len().saturating_sub(rest.len()));
-    let (question, rest) = payload.split_at_checked(question_len).unwrap_or_default();
+/// Adds the rest of a record to its name.
+fn push_record(record: &mut Vec<u8>, kind: u16, data: &[u8]) {
+    record.extend(kind.to_be_bytes());
+    record.extend(1u16.to_be_bytes());
+    record.extend(TTL.to_be_bytes());
+    record.extend(u16::try_from(data.len()).unwrap_or_default().to_be_bytes());
+    record.extend(data);
+}
+
+/// A response to `query`: its question, one record about the name in it, and one about who says so.
+fn respond(query: &[u8], code: u8, record: Option<(u16, &[u8])>, authority: Option<&[u8]>) -> Vec<u8> {
+    let Some((header, payload)) = query.split_at_checked(HEADER) else { return Vec::new() };
+    let (question, _) = payload.split_at_checked(question_len(payload)).unwrap_or_default();
     let mut response = header.to_vec();
-    let recursion_desired = header.get(2).copied().unwrap_or_default() & 1;
-    let counts =
-        [u8::from(question_len > 0), u8::from(record.is_some()), 0, u8::from(asks_with_edns(header, rest))];
+    let kept = header.get(2).copied().unwrap_or_default() & (OPCODE | RECURSION_DESIRED);
+    let edns = edns_version(query).is_some();
+    let counts = [!question.is_empty(), record.is_some(), authority.is_some(), edns];
     // QR and AA; RA.
     if let Some(flags) = response.get_mut(2..4) {
-        flags.copy_from_slice(&[0x84 | recursion_desired, 0x80 | code]);
+        flags.copy_from_slice(&[0x84 | kept, 0x80 | code]);
     }
     for (count, room) in counts.iter().zip(response.chunks_exact_mut(2).skip(2)) {
-        room.copy_from_slice(&[0, *count]);
+        room.copy_from_slice(&[0, u8::from(*count)]);
     }
     response.extend(question);
     if let Some((kind, data)) = record {
-        // The name is the question's, at offset 12.
-        response.extend([0xc0, HEADER as u8]);
-        response.extend(kind.to_be_bytes());
-        response.extend(1u16.to_be_bytes());
-        response.extend(TTL.to_be_bytes());
-        response.extend(u16::try_from(data.len()).unwrap_or_default().to_be_bytes());
-        response.extend(data);
+        response.extend(QUESTION_NAME);
+        push_record(&mut response, kind, data);
     }
-    if counts[3] == 1 {
+    response.extend(authority.unwrap_or_default());
+    if edns {
         // EDNS(0), RFC 6891: a resolver that sees none stops using it for the names outside, too.
         response.push(0);
         response.extend(TYPE_OPT.to_be_bytes());
@@ -177,11 +228,21 @@ fn respond(query: &[u8], code: u8, record: Option<(u16, &[u8])>) -> Vec<u8> {
     response
 }
 
-/// Whether an OPT record follows the question, as it does in the queries of resolvers.
-fn asks_with_edns(header: &[u8], rest: &[u8]) -> bool {
-    header.get(6..10) == Some(&[0; 4])
-        && header.get(10..12) != Some(&[0; 2])
-        && matches!(rest, [0, high, low, ..] if u16::from_be_bytes([*high, *low]) == TYPE_OPT)
+fn question_len(payload: &[u8]) -> usize {
+    DnsQuestion::parse(payload).map_or(0, |(rest, _)| payload.len().saturating_sub(rest.len()))
+}
+
+/// The version of the OPT record that follows the question, as it does in the queries of resolvers.
+fn edns_version(query: &[u8]) -> Option<u8> {
+    let (header, payload) = query.split_at_checked(HEADER)?;
+    let rest = payload.get(question_len(payload)..)?;
+    let alone = header.get(6..10) == Some(&[0; 4]) && header.get(10..12) != Some(&[0; 2]);
+    match rest {
+        [0, high, low, _, _, _, version, ..] if alone && u16::from_be_bytes([*high, *low]) == TYPE_OPT => {
+            Some(*version)
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -217,16 +278,24 @@ mod tests {
         query
     }
 
+    fn answer(query: &[u8]) -> Option<Vec<u8>> {
+        let hosts = hosts();
+        match (Zone { domain: "class.lab", hosts: &hosts, cidr: cidr() }).decide(query) {
+            Verdict::Answer(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+
     /// Response code, and the data of the one record.
     fn ask(name: &str, kind: u16) -> Option<(u8, Option<Vec<u8>>)> {
-        let hosts = hosts();
-        let zone = Zone { domain: "class.lab", hosts: &hosts, cidr: cidr() };
-        let Verdict::Answer(bytes) = zone.decide(&query(name, kind, true)) else { return None };
+        let bytes = answer(&query(name, kind, true))?;
         let packet = DnsPacket::new_checked(bytes.as_slice()).unwrap();
         assert_eq!(packet.transaction_id(), 0xabcd);
         assert_eq!(packet.additional_record_count(), 1);
         let (rest, _) = DnsQuestion::parse(packet.payload()).unwrap();
-        let data = (packet.answer_record_count() == 1).then(|| {
+        let found = packet.answer_record_count() == 1;
+        assert_eq!(packet.authority_record_count(), u16::from(!found), "how long nothing may be remembered");
+        let data = found.then(|| {
             let (_, record) = DnsRecord::parse(rest).unwrap();
             match record.data {
                 DnsRecordData::A(ip) => ip.octets().to_vec(),
@@ -257,6 +326,52 @@ mod tests {
         assert_eq!(ask("10.0.0.10.in-addr.arpa", TYPE_PTR), name);
         assert_eq!(ask("99.0.0.10.in-addr.arpa", TYPE_PTR), Some((NAME_ERROR, None)));
         assert_eq!(ask("10.1.0.10.in-addr.arpa", TYPE_PTR), None);
+    }
+
+    #[test]
+    fn nothing_may_be_remembered_for_a_while() {
+        let mut soa = wire_name("class.lab");
+        soa.extend([0, 6, 0, 1, 0, 0, 0, 30, 0, 61]);
+        soa.extend([wire_name("gateway.class.lab"), wire_name("hostmaster.class.lab")].concat());
+        soa.extend([0, 0, 0, 1]);
+        soa.extend([0, 0, 0, 30].repeat(4));
+        for name in ["w9.class.lab", "class.lab", "w1.class.lab"] {
+            let query = query(name, 28, false);
+            assert_eq!(answer(&query).unwrap().get(query.len()..), Some(soa.as_slice()), "{name}");
+        }
+        // A name without a domain, and one of an address, are zones of their own.
+        for name in ["w1", "99.0.0.10.in-addr.arpa"] {
+            let query = query(name, 28, false);
+            assert_eq!(
+                answer(&query).unwrap().get(query.len()..query.len() + 4),
+                Some(&[0xc0, 12, 0, 6][..])
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_no_query_is_refused_as_what_it_is() {
+        for (opcode, name) in [(4, "notify"), (5, "update")] {
+            let mut query = query("class.lab", 6, false);
+            query[2] = opcode << 3;
+            let response = answer(&query).unwrap();
+            assert_eq!(response[2..4], [0x84 | opcode << 3, 0x80 | NOT_IMPLEMENTED], "{name}");
+        }
+    }
+
+    #[test]
+    fn an_unknown_version_of_edns_is_told() {
+        let mut query = query("w1", TYPE_A, true);
+        let version = query.len() - 5;
+        query[version] = 1;
+        let response = answer(&query).unwrap();
+        let packet = DnsPacket::new_checked(response.as_slice()).unwrap();
+        assert_eq!((u8::from(packet.rcode()), packet.answer_record_count()), (0, 0));
+        assert_eq!(
+            response[response.len() - 11..],
+            [0, 0, 41, 4, 0xd0, 1, 0, 0, 0, 0, 0],
+            "BADVERS, version 0"
+        );
     }
 
     #[test]
