@@ -10,7 +10,7 @@ use std::{
 use imago::{FormatAccess, StorageOpenOptions, file::File as ImageFile, qcow2::Qcow2, raw::Raw};
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Error, header, header::Header, repair::repair};
+use super::{Error, header, header::Header, qemu_locks, repair::repair};
 use crate::config::DiskFormat;
 
 /// Longest chain that is opened; lab flattens chains long before.
@@ -89,7 +89,8 @@ fn open_raw(path: &Path) -> Result<FormatAccess<ImageFile>, Error> {
     Ok(FormatAccess::new(guarded(path, || Raw::open_image(storage, false))?))
 }
 
-/// Opens an image file and locks it: for itself if it is written, with other readers otherwise.
+/// Opens an image file and locks it: for itself if it is written, with other readers otherwise. lab's own programs see
+/// that by flock, QEMU's by locks of its kind.
 pub(crate) fn open_file(path: &Path, writable: bool) -> Result<File, Error> {
     let file = OpenOptions::new().read(true).write(writable).open(path).map_err(|source| Error::Io {
         path: path.to_owned(),
@@ -102,8 +103,8 @@ pub(crate) fn open_file(path: &Path, writable: bool) -> Result<File, Error> {
         FlockOperation::NonBlockingLockShared
     };
     match flock(&file, lock) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_owned() }),
+        Ok(()) if qemu_locks::take(&file, writable) => Ok(file),
+        Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::InUse { path: path.to_owned() }),
         Err(e) => Err(Error::Io { path: path.to_owned(), action: "lock it", source: e.into() }),
     }
 }

@@ -7,6 +7,7 @@ mod chain;
 mod difference;
 mod flatten;
 mod header;
+pub(crate) mod qemu_locks;
 mod repair;
 #[cfg(test)]
 pub(crate) mod tests;
@@ -40,7 +41,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Somebody else has it open: two writers would destroy it.
-    #[error("disk image {} is in use by another machine: stop that machine first", path.display())]
+    #[error("disk image {} is in use by another machine or program: stop that first", path.display())]
     InUse {
         /// The file.
         path: PathBuf,

@@ -49,6 +49,48 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
+fn qemu_and_lab_see_who_has_an_image() {
+    let folder = tempfile::tempdir().unwrap();
+    let image = folder.path().join("disk.qcow2");
+    create_empty(&image, 1 << 20).unwrap();
+    let resize = || {
+        let arguments = ["resize", "-q", "-f", "qcow2", text(&image), "+1M"];
+        Command::new("qemu-img").args(arguments).output().unwrap()
+    };
+    let read = || Command::new("qemu-img").args(["check", "-q", text(&image)]).status().unwrap().success();
+
+    let writer = open(&image, true).unwrap();
+    let refused = resize();
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("Is another process using the image"), "{said}");
+    assert!(!read());
+    // Frozen, it is read by both, and written by none.
+    super::qemu_locks::keep_reading(&writer.file);
+    rustix::fs::flock(&writer.file, rustix::fs::FlockOperation::NonBlockingLockShared).unwrap();
+    let reader = open(&image, false).unwrap();
+    assert!(read() && !resize().status.success());
+    drop((reader, writer));
+    when_free(|| match resize() {
+        done if done.status.success() => Ok(()),
+        _ => Err(Error::InUse { path: image.clone() }),
+    });
+
+    // A program of QEMU's that writes, until its input ends.
+    let mut io = Command::new("qemu-io");
+    io.args(["-f", "qcow2", text(&image)]).stdin(std::process::Stdio::piped());
+    let mut io = io.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut prompt = [0; 8];
+    std::io::Read::read_exact(io.stdout.as_mut().unwrap(), &mut prompt).unwrap();
+    assert_eq!(&prompt, b"qemu-io>");
+    for writable in [true, false] {
+        assert!(matches!(open(&image, writable), Err(Error::InUse { .. })), "writable: {writable}");
+    }
+    drop(io.stdin.take());
+    assert!(io.wait().unwrap().success());
+    when_free(|| open(&image, true));
+}
+
+#[test]
 fn made_images_are_sound_to_qemu() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir_all(folder.path().join("images")).unwrap();

@@ -22,7 +22,7 @@ use super::{
     queue::{COMMON_FEATURES, DeviceQueue, Given, read_config},
     worker::{Fault, Handler, Poll, Worker, complain},
 };
-use crate::config::DiskConfig;
+use crate::{config::DiskConfig, qcow2};
 use image::Image;
 use request::{Request, Transfer};
 
@@ -225,6 +225,7 @@ impl Disk {
         // The frozen file is read as a backing file from now on.
         flock(self.image.file(), FlockOperation::NonBlockingLockShared)
             .map_err(|e| error("share its lock", e.into()))?;
+        qcow2::qemu_locks::keep_reading(self.image.file());
         let image = Image::open(&self.source)?;
         if image.size() / SECTOR != self.sectors {
             return Err(Error::Device(format!(
