@@ -1,7 +1,7 @@
 //! Ending a lab's processes: machines by their power button or their plug, the network by a word.
 
 use std::{
-    fs,
+    fs, io,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -21,6 +21,8 @@ use crate::{
 const POWER_OFF_LIMIT_S: u32 = 60;
 /// How long a process may take to end once it was told to.
 const END_LIMIT: Duration = Duration::from_secs(20);
+/// How long a process that has just been started may take until its socket is there.
+const SOCKET_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long until it is told again.
 const TELL_AGAIN: Duration = Duration::from_millis(500);
@@ -79,6 +81,29 @@ pub fn stop_network(lab: &Lab) -> Result<(), Error> {
     })
 }
 
+/// Ends what runs of a lab and cannot be reached any more, since the folder of its sockets is gone: with the session that
+/// it was brought up in, say. Whether there was something.
+pub fn end_lost(lab: &Lab) -> Result<bool, Error> {
+    let mut nodes = state::nodes_on_disk(&lab.dirs);
+    nodes.retain(|node| state::node_state(&lab.dirs, node) == NodeState::Running);
+    let net = state::net_is_running(&lab.dirs).then(|| lab.dirs.net_control());
+    let sockets: Vec<PathBuf> =
+        nodes.iter().map(|node| lab.dirs.node_socket(node, "ctl")).chain(net).collect();
+    // One that a killed command has just started makes its socket any moment.
+    let end = Instant::now() + SOCKET_LIMIT * lab.patience;
+    while !sockets.iter().all(|socket| socket.exists()) {
+        if Instant::now() > end {
+            let task = lab.progress.begin(&lab.topology.name, "end what cannot be reached");
+            nodes.iter().try_for_each(|node| power_off(lab, node, true, &task))?;
+            stop_network(lab)?;
+            task.done();
+            return Ok(true);
+        }
+        std::thread::park_timeout(Duration::from_millis(20));
+    }
+    Ok(false)
+}
+
 /// Tells the holder of a lock to end until it has. One that a killed command has just started hears nothing at first.
 fn end<R: std::fmt::Debug>(
     lock: &Path,
@@ -86,11 +111,18 @@ fn end<R: std::fmt::Debug>(
     log: PathBuf,
     tell: impl Fn() -> Result<R, control::Error>,
 ) -> Result<(), Error> {
-    let end = Instant::now() + END_LIMIT;
+    let start = Instant::now();
+    let end = start + END_LIMIT;
     loop {
         let last = tell();
         if wait_released(lock, TELL_AGAIN) {
             return Ok(());
+        }
+        if start.elapsed() > SOCKET_LIMIT
+            && matches!(&last, Err(control::Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound)
+        {
+            // Its socket is gone. Where this cannot be, it is told below that the process is still there.
+            drop(lock::end_holder(lock));
         }
         if Instant::now() > end {
             let last = last.map_or_else(|error| error.to_string(), |reply| format!("{reply:?}"));

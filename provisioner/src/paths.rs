@@ -6,10 +6,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::files::hex;
+
 /// Longest path that a UNIX socket can have (unix(7): `sun_path` is 108 bytes with its final zero).
 const LONGEST_SOCKET_PATH: usize = 107;
-/// Longest file name that is put below a lab's runtime folder: a node's name (63), `.vsock_` and a port.
-const LONGEST_SOCKET_NAME: usize = 48;
+/// Longest name that is used as it is in the path of a socket, of a lab or node, in bytes.
+const LONGEST_NAME: usize = 16;
+/// Longest file name that is put below a lab's runtime folder: a node's name, `.ssh`, and the 17 bytes that OpenSSH
+/// appends to a ControlPath while it binds it.
+const LONGEST_SOCKET_NAME: usize = LONGEST_NAME + 4 + 17;
+
+/// A link in a lab's folder to that of its sockets.
+const SOCKETS: &str = "sockets";
 
 /// A lab's folder for what steps of stacks give each other.
 pub const SECRETS: &str = "secrets";
@@ -103,18 +111,35 @@ impl Paths {
         self.home.join("labs")
     }
 
-    /// The folders of lab `name`; none of them is made yet.
+    /// The folders of lab `name`; none of them is made yet. Its sockets are where it was brought up, whatever the
+    /// environment of the command that asks: a desktop's session and a job of cron's have different ones.
     pub fn lab(&self, name: &str) -> LabPaths {
-        LabPaths { dir: self.labs().join(name), sockets: self.runtime.join(socket_folder(&self.home, name)) }
+        let dir = self.labs().join(name);
+        let recorded = fs::read_link(dir.join(SOCKETS)).ok().filter(|folder| folder.is_dir());
+        let sockets = recorded.unwrap_or_else(|| self.runtime.join(socket_folder(&self.home, name)));
+        LabPaths { dir, sockets }
     }
 }
 
 /// Name of a lab's folder for sockets. Two values of `LAB_HOME` may both have a lab of this name.
 fn socket_folder(home: &Path, name: &str) -> String {
-    use sha2::{Digest, Sha256};
     use std::os::unix::ffi::OsStrExt;
-    let digest = Sha256::digest(home.as_os_str().as_bytes());
-    format!("{name}-{:02x}{:02x}{:02x}", digest[0], digest[1], digest[2])
+    format!("{}-{}", short(name), digest(home.as_os_str().as_bytes(), 3))
+}
+
+/// The first bytes of a digest.
+fn digest(of: &[u8], bytes: usize) -> String {
+    use sha2::{Digest, Sha256};
+    hex(Sha256::digest(of).get(..bytes).unwrap_or_default())
+}
+
+/// A name, short enough for the path of a socket.
+fn short(name: &str) -> String {
+    if name.len() <= LONGEST_NAME {
+        return name.into();
+    }
+    let begin: String = name.chars().take(LONGEST_NAME - 9).collect();
+    format!("{begin}-{}", digest(name.as_bytes(), 4))
 }
 
 /// The folders of one lab.
@@ -141,7 +166,14 @@ impl LabPaths {
             private_dir(parent)?;
             owned(parent)?;
         }
-        private_dir(&self.sockets)
+        private_dir(&self.sockets)?;
+        let link = self.dir.join(SOCKETS);
+        if fs::read_link(&link).ok().as_ref() != Some(&self.sockets) {
+            let _ = fs::remove_file(&link);
+            std::os::unix::fs::symlink(&self.sockets, &link)
+                .map_err(|source| Error::Folder { path: link, source })?;
+        }
+        Ok(())
     }
 
     /// Recorded state of the lab.
@@ -171,7 +203,7 @@ impl LabPaths {
 
     /// A node's socket for `kind`: `ctl`, `vsock`, `console`, `ssh`.
     pub fn node_socket(&self, node: &str, kind: &str) -> PathBuf {
-        self.sockets.join(format!("{node}.{kind}"))
+        self.sockets.join(format!("{}.{kind}", short(node)))
     }
 
     /// `lab-net`'s folder.
@@ -220,6 +252,34 @@ mod tests {
         for dir in [&lab.dir, &lab.sockets, &lab.net(), &lab.secrets()] {
             assert_eq!(fs::metadata(dir).unwrap().mode() & 0o777, 0o700, "{}", dir.display());
         }
+    }
+
+    #[test]
+    fn sockets_are_where_the_lab_was_brought_up() {
+        let base = tempfile::tempdir().unwrap();
+        let home = base.path().join("home");
+        let [desktop, cron] = ["desktop", "cron"].map(|name| Paths::at(&home, &base.path().join(name)));
+        desktop.lab("demo").create().unwrap();
+        assert_eq!(cron.lab("demo").sockets, desktop.lab("demo").sockets);
+        cron.lab("demo").create().unwrap();
+        assert!(!base.path().join("cron").exists());
+        // The desktop's session is over.
+        fs::remove_dir_all(base.path().join("desktop")).unwrap();
+        cron.lab("demo").create().unwrap();
+        assert!(cron.lab("demo").sockets.starts_with(base.path().join("cron")));
+        assert_eq!(desktop.lab("demo").sockets, cron.lab("demo").sockets);
+    }
+
+    #[test]
+    fn every_valid_name_has_room_for_its_sockets() {
+        let longest = "n".repeat(63);
+        let lab = Paths::at(Path::new("/home/ann/.local/share/lab"), Path::new("/run/user/4294967294/lab"))
+            .lab(&longest);
+        for kind in ["ctl", "vsock", "console", "ready", "behind", "ssh.0123456789abcdef"] {
+            assert!(lab.node_socket(&longest, kind).as_os_str().len() <= LONGEST_SOCKET_PATH, "{kind}");
+        }
+        assert_ne!(lab.node_socket(&longest, "ctl"), lab.node_socket(&longest[1..], "ctl"));
+        assert!(lab.node_socket("worker1", "ctl").ends_with("worker1.ctl"));
     }
 
     #[test]

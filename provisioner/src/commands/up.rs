@@ -10,7 +10,7 @@ use super::{Context, Error, halt, status};
 use crate::{
     actions, capacity, channel,
     lab::Lab,
-    lockfile, plan,
+    lockfile, machine, plan,
     snapshot::{
         Error as SnapshotError, FIRST_UP,
         kept::{self, Found},
@@ -138,8 +138,9 @@ fn start_from_kept(lab: &mut Lab) -> Result<(), Error> {
         Error::Snapshot(SnapshotError::Action(_)) => return Err(error),
         other => other.to_string(),
     };
-    lab.progress.warn(&format!("the snapshot of its first up is of no use: {why}"));
-    Ok(kept::forget(lab)?)
+    // It stays until another takes its place: what is in the way may be this host's alone.
+    lab.progress.warn(&format!("the snapshot of its first up is of no use here: {why}"));
+    Ok(())
 }
 
 /// Keeps what the first `up` came to. That it can't is no failure of the lab.
@@ -162,6 +163,12 @@ fn keep(lab: &mut Lab) -> Result<(), Error> {
 
 /// Does what is missing.
 pub fn bring_up(lab: &mut Lab) -> Result<(), Error> {
+    if machine::end_lost(lab)? {
+        lab.progress.warn(
+            "the folder of the lab's sockets was gone, with the session that it was brought up in: what ran was ended \
+             as if its plug had been pulled, and starts again",
+        );
+    }
     super::snapshot::go_on(lab)?;
     let lab = &*lab;
     capacity::check(lab)?;
