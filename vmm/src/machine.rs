@@ -8,6 +8,7 @@ use std::{
     time::Instant,
 };
 
+use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -171,10 +172,11 @@ impl Machine {
         let ram = snapshot::load_memory(folder, &state, config.prefetch)?;
         let mut parts = Parts::new(&config, &ram.memory)?;
         for (fresh, saved) in parts.cpus.iter().zip(&state.cpus) {
-            cpu::state::check(fresh, saved).map_err(unusable)?;
+            cpu::state::check(fresh, &parts.supported_cpuid, saved).map_err(unusable)?;
         }
-        for (fresh, saved) in parts.cpus.iter().zip(&state.cpus) {
-            cpu::state::restore(fresh, saved)?;
+        let boot = parts.cpus.first().zip(state.cpus.first());
+        for (index, (fresh, saved)) in parts.cpus.iter().zip(&state.cpus).enumerate() {
+            cpu::state::restore(fresh, saved, boot.filter(|_| index > 0))?;
         }
         state.chips.restore(&parts.vm).map_err(kvm("restore the interrupt controllers"))?;
         parts.bus.pci.restore(&state.functions).map_err(unusable)?;
@@ -190,7 +192,8 @@ impl Machine {
     }
 
     fn assemble(config: VmConfig, started: Instant, signals: Signals, ram: GuestRam, parts: Parts) -> Self {
-        let Parts { vm, cpus, bus, ending, devices, hub, control, notify, window64: _ } = parts;
+        let Parts { vm, cpus, bus, ending, devices, hub, control, notify, supported_cpuid: _, window64: _ } =
+            parts;
         Self {
             config,
             started,
@@ -379,6 +382,7 @@ fn renew(memory: &GuestMemoryMmap) -> Result<(), Error> {
 struct Parts {
     vm: Arc<VmFd>,
     cpus: Vec<VcpuFd>,
+    supported_cpuid: Vec<kvm_cpuid_entry2>,
     bus: Arc<Bus>,
     ending: Arc<Ending>,
     devices: Devices,
@@ -413,7 +417,8 @@ impl Parts {
             >= layout::PCI_WINDOW64 + layout::PCI_WINDOW64_SIZE)
             .then_some((layout::PCI_WINDOW64, layout::PCI_WINDOW64_SIZE));
         let bus = Arc::new(Bus { platform, pci: Arc::new(pci) });
-        Ok(Self { vm, cpus, bus, ending, devices, hub, control, notify, window64 })
+        let supported_cpuid = template.supported().to_vec();
+        Ok(Self { vm, cpus, supported_cpuid, bus, ending, devices, hub, control, notify, window64 })
     }
 }
 

@@ -1,4 +1,5 @@
-//! CPUID: everything that KVM supports, with this machine's topology, and without a PMU.
+//! CPUID: what KVM supports, with this machine's topology, and without what a snapshot does not keep or what guests are
+//! better off without: a PMU, nested virtualization, AMX, CET, WAITPKG.
 //!
 //! The guest sees one package of N cores of one thread each; the APIC id of core i is i.
 
@@ -7,6 +8,9 @@ use kvm_ioctls::{Cap, Kvm};
 
 /// What a CPU of this host can be, before it is told which CPU of the guest it is.
 pub struct Template {
+    /// What KVM says.
+    supported: Vec<kvm_cpuid_entry2>,
+    /// What guests are told of it.
     cpuid: CpuId,
     amd: bool,
 }
@@ -15,12 +19,18 @@ impl Template {
     /// Ask KVM.
     pub fn new(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
         let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+        let supported = cpuid.as_slice().to_vec();
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         for entry in cpuid.as_mut_slice() {
             common(entry, tsc_deadline);
         }
         let amd = cpuid.as_slice().iter().any(|entry| entry.function == 0 && is_amd(entry));
-        Ok(Self { cpuid, amd })
+        Ok(Self { supported, cpuid, amd })
+    }
+
+    /// All that KVM offers on this host.
+    pub fn supported(&self) -> &[kvm_cpuid_entry2] {
+        &self.supported
     }
 
     /// Bits of a physical address.
@@ -64,24 +74,53 @@ fn set(register: &mut u32, bit: u32, on: bool) {
 
 /// What is the same for every CPU of the machine.
 fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
-    match entry.function {
-        1 => {
+    match (entry.function, entry.index) {
+        (1, _) => {
             set(&mut entry.ecx, 24, tsc_deadline);
             // Runs under a hypervisor.
             set(&mut entry.ecx, 31, true);
             // No performance monitoring (PDCM): a guest would only start its NMI watchdog with it.
             set(&mut entry.ecx, 15, false);
+            // No VMX: a snapshot has no nested state.
+            set(&mut entry.ecx, 5, false);
         }
-        // Performance monitoring: none, neither Intel's nor AMD's.
-        0xa | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0x8000_0001 => {
+        (7, 0) => {
+            // WAITPKG: a guest would wait for as long as it likes. SHSTK: a snapshot has no shadow stack pointer.
+            set(&mut entry.ecx, 5, false);
+            set(&mut entry.ecx, 7, false);
+            // IBT; AMX_BF16, AMX_TILE, AMX_INT8. KVM before Linux 6.4 offers AMX in part to who has not asked for its
+            // 8 KiB of state, and guests die at boot.
+            for bit in [20, 22, 24, 25] {
+                set(&mut entry.edx, bit, false);
+            }
+        }
+        // AMX_FP16; AMX_COMPLEX.
+        (7, 1) => {
+            set(&mut entry.eax, 21, false);
+            set(&mut entry.edx, 8, false);
+        }
+        // XTILECFG and XTILEDATA.
+        (0xd, 0) => entry.eax &= !(1 << 17 | 1 << 18),
+        // XFD, which AMX alone has; CET_U and CET_S.
+        (0xd, 1) => {
+            set(&mut entry.eax, 4, false);
+            entry.ecx &= !(1 << 11 | 1 << 12);
+        }
+        // Performance monitoring: none, neither Intel's nor AMD's. The components of CET and AMX; AMX's tiles. SVM.
+        (0xa | 0x8000_0022, _) | (0xd, 11 | 12 | 17 | 18) | (0x1d | 0x1e | 0x8000_000a, _) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+        }
+        (0x8000_0001, _) => {
+            // SVM and SKINIT, as VMX.
+            set(&mut entry.ecx, 2, false);
+            set(&mut entry.ecx, 12, false);
             set(&mut entry.ecx, 23, false);
             set(&mut entry.ecx, 24, false);
             set(&mut entry.ecx, 28, false);
         }
         // No time stamp counter that never stops: a guest then keeps time by KVM's clock, which alone goes on from where
         // it was when the machine is paused or restored.
-        0x8000_0007 => set(&mut entry.edx, 8, false),
+        (0x8000_0007, _) => set(&mut entry.edx, 8, false),
         _ => {}
     }
 }
@@ -180,6 +219,28 @@ mod tests {
         let mut size = entry(0x8000_0008);
         topology(&mut size, false, 0, 6);
         assert_eq!(size.ecx, u32::MAX, "reserved on other CPUs");
+    }
+
+    #[test]
+    fn what_a_snapshot_does_not_keep_is_not_shown() {
+        let told = |function, index| {
+            let mut leaf = kvm_cpuid_entry2 { index, ..entry(function) };
+            common(&mut leaf, true);
+            [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
+        };
+        let without = |bits: &[u32]| bits.iter().fold(u32::MAX, |word, bit| word & !(1 << bit));
+        assert_eq!(told(1, 0)[2], without(&[5, 15]), "VMX");
+        assert_eq!(told(7, 0), [u32::MAX, u32::MAX, without(&[5, 7]), without(&[20, 22, 24, 25])]);
+        assert_eq!(told(7, 1), [without(&[21]), u32::MAX, u32::MAX, without(&[8])]);
+        assert_eq!(told(0xd, 0)[0], without(&[17, 18]), "AMX is not permitted");
+        assert_eq!(told(0xd, 1), [without(&[4]), u32::MAX, without(&[11, 12]), u32::MAX]);
+        assert_eq!(told(0x8000_0001, 0)[2], without(&[2, 12, 23, 24, 28]), "SVM");
+        for (leaf, index) in
+            [(0xd, 11), (0xd, 12), (0xd, 17), (0xd, 18), (0x1d, 1), (0x1e, 0), (0x8000_000a, 0)]
+        {
+            assert_eq!(told(leaf, index), [0; 4], "{leaf:#x}.{index}");
+        }
+        assert_eq!(told(0xd, 9), [u32::MAX; 4]);
     }
 
     #[test]

@@ -1,11 +1,13 @@
 //! Virtual CPUs: one thread each, which runs the guest and serves its exits. What a CPU is (`cpuid`) and where it
 //! starts (`registers`) are beside it; `gate` holds the threads while the machine is paused, `state` is what a snapshot
-//! keeps of a CPU.
+//! keeps of a CPU, `features` whether another host can go on with it.
 
 pub mod cpuid;
+mod features;
 mod gate;
 pub mod registers;
 pub mod state;
+mod tsc_offset;
 
 use std::{
     cell::Cell,

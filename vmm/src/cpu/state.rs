@@ -1,18 +1,21 @@
 //! The state of one virtual CPU: taken out of KVM for a snapshot, and put into a fresh CPU of another machine.
 
 use kvm_bindings::{
-    Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::Error;
+use super::{Error, features, tsc_offset};
 
 /// Time stamp counter: before all others, since the timer's deadline counts by it.
 const MSR_TSC: u32 = 0x10;
 /// The local APIC timer's deadline: the last, when the timer's mode and the counter are there.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// The local APIC's timer register, and its mode that fires at a deadline (Intel SDM vol. 3 §11.5.4).
+const LAPIC_TIMER: usize = 0x320;
+const TSC_DEADLINE_MODE: u32 = 0b10;
 /// Most MSRs in one call (KVM_MAX_MSR_ENTRIES is 256).
 const BATCH: usize = 256;
 /// Frequencies that differ by less than this, in parts per million, are the same one measured twice: what KVM takes
@@ -26,6 +29,8 @@ pub struct CpuState {
     pub cpuid: Vec<kvm_cpuid_entry2>,
     /// Frequency of its time stamp counter; 0 if KVM does not tell.
     pub tsc_khz: u32,
+    /// What is added to the host's counter, if KVM tells (Linux 5.16 and later).
+    tsc_offset: Option<u64>,
     mp_state: kvm_mp_state,
     regs: kvm_regs,
     sregs: kvm_sregs,
@@ -40,9 +45,10 @@ pub struct CpuState {
 /// Take the state of `cpu`, which stands at the gate. `msrs` are those that KVM knows.
 pub fn save(cpu: &VcpuFd, msrs: &[u32]) -> Result<CpuState, Error> {
     let read = Error::kvm("read the state of a CPU");
-    Ok(CpuState {
+    let mut state = CpuState {
         cpuid: cpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(&read)?.as_slice().to_vec(),
         tsc_khz: cpu.get_tsc_khz().unwrap_or(0),
+        tsc_offset: tsc_offset::get(cpu),
         // Before the others: KVM first takes in what has been sent to the CPU.
         mp_state: cpu.get_mp_state().map_err(&read)?,
         regs: cpu.get_regs().map_err(&read)?,
@@ -53,7 +59,23 @@ pub fn save(cpu: &VcpuFd, msrs: &[u32]) -> Result<CpuState, Error> {
         lapic: cpu.get_lapic().map_err(&read)?,
         events: cpu.get_vcpu_events().map_err(&read)?,
         msrs: read_msrs(cpu, msrs)?,
-    })
+    };
+    keep_deadline(&mut state);
+    Ok(state)
+}
+
+/// A deadline that has passed reads as 0 before its interrupt is delivered, and 0 restored would be a timer that is off:
+/// a CPU that sleeps until its timer fires would never wake. It becomes one that has just passed.
+fn keep_deadline(state: &mut CpuState) {
+    let timer = state.lapic.regs.get(LAPIC_TIMER..LAPIC_TIMER + 4).unwrap_or_default();
+    // The registers are bytes that bindgen takes for signed ones.
+    let timer = timer.iter().rev().fold(0, |word, byte| word << 8 | u32::from(*byte as u8));
+    let Some(now) = state.msrs.iter().find(|msr| msr.index == MSR_TSC).map(|msr| msr.data) else { return };
+    for msr in &mut state.msrs {
+        if msr.index == MSR_TSC_DEADLINE && msr.data == 0 && timer >> 17 & 0b11 == TSC_DEADLINE_MODE {
+            msr.data = now;
+        }
+    }
 }
 
 /// Read those of `indices` that this CPU has.
@@ -81,17 +103,11 @@ fn entry(index: u32, data: u64) -> kvm_msr_entry {
     kvm_msr_entry { index, data, ..Default::default() }
 }
 
-/// Whether the fresh `cpu`, which has been described to the guest, can go on with `state`; if not, why.
-pub fn check(cpu: &VcpuFd, state: &CpuState) -> Result<(), String> {
-    let cpuid = cpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(|error| error.to_string())?;
-    for theirs in &state.cpuid {
-        let same = |ours: &&kvm_cpuid_entry2| (ours.function, ours.index) == (theirs.function, theirs.index);
-        if cpuid.as_slice().iter().find(same).map(lasting) != Some(lasting(theirs)) {
-            return Err(format!(
-                "it was made on a host with another processor, or another KVM: CPUID leaf {:#x}.{} is not the same",
-                theirs.function, theirs.index
-            ));
-        }
+/// Whether the fresh `cpu` of a host that offers `supported` can go on with `state`; if not, why.
+pub fn check(cpu: &VcpuFd, supported: &[kvm_cpuid_entry2], state: &CpuState) -> Result<(), String> {
+    let fresh = cpu.get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(|error| error.to_string())?;
+    if let Some(why) = features::lacking(&state.cpuid, fresh.as_slice(), supported) {
+        return Err(why);
     }
     let (theirs, ours) = (u64::from(state.tsc_khz), u64::from(cpu.get_tsc_khz().unwrap_or(0)));
     if theirs.abs_diff(ours) * 1_000_000 > ours * TSC_TOLERANCE_PPM && cpu.set_tsc_khz(state.tsc_khz).is_err()
@@ -103,24 +119,13 @@ pub fn check(cpu: &VcpuFd, state: &CpuState) -> Result<(), String> {
     Ok(())
 }
 
-/// The registers of a leaf, without what depends on what the guest has switched on.
-fn lasting(leaf: &kvm_cpuid_entry2) -> [u32; 4] {
-    let kvm_cpuid_entry2 { function, eax, ebx, ecx, edx, .. } = *leaf;
-    match function {
-        // OSXSAVE and MONITOR; APIC.
-        1 => [eax, ebx, ecx & !(1 << 27 | 1 << 3), edx & !(1 << 9)],
-        // OSPKE.
-        7 => [eax, ebx, ecx & !(1 << 4), edx],
-        // The present size of the XSAVE area.
-        0xd => [eax, 0, ecx, edx],
-        _ => [eax, ebx, ecx, edx],
-    }
-}
-
-/// Put `state` into a fresh CPU, whose CPUID is set. Guest memory must be in place already: KVM writes the guest's clock
-/// pages there.
-pub fn restore(cpu: &VcpuFd, state: &CpuState) -> Result<(), Error> {
+/// Put `state` into a fresh CPU. Guest memory must be in place already: KVM writes the guest's clock pages there. `boot`
+/// is the boot CPU with its state, which has been restored before, if this is another one.
+pub fn restore(cpu: &VcpuFd, state: &CpuState, boot: Option<(&VcpuFd, &CpuState)>) -> Result<(), Error> {
     let write = Error::kvm("restore the state of a CPU");
+    // First of all, since what else may be set depends on it: what the guest was told, whatever core this runs on.
+    let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| write(kvm_ioctls::Error::new(libc::E2BIG)))?;
+    cpu.set_cpuid2(&cpuid).map_err(&write)?;
     cpu.set_mp_state(state.mp_state).map_err(&write)?;
     cpu.set_regs(&state.regs).map_err(&write)?;
     cpu.set_sregs(&state.sregs).map_err(&write)?;
@@ -129,7 +134,15 @@ pub fn restore(cpu: &VcpuFd, state: &CpuState) -> Result<(), Error> {
     cpu.set_xcrs(&state.xcrs).map_err(&write)?;
     cpu.set_debug_regs(&state.debug).map_err(&write)?;
     cpu.set_lapic(&state.lapic).map_err(&write)?;
-    write_msrs(cpu, &state.msrs)?;
+    let counts_with_boot_cpu = boot.is_some_and(|(boot_cpu, boot_state)| {
+        // As far from the boot CPU's counter as it was: mostly not at all.
+        let apart =
+            state.tsc_offset.zip(boot_state.tsc_offset).map_or(0, |(ours, its)| ours.wrapping_sub(its));
+        tsc_offset::get(boot_cpu).is_some_and(|its| tsc_offset::set(cpu, its.wrapping_add(apart)))
+    });
+    // KVM only guesses which counters belong together, from when they are written.
+    let msrs = state.msrs.iter().filter(|msr| !(counts_with_boot_cpu && msr.index == MSR_TSC));
+    write_msrs(cpu, &msrs.copied().collect::<Vec<_>>())?;
     cpu.set_vcpu_events(&state.events).map_err(&write)
 }
 
@@ -151,4 +164,41 @@ fn write_msrs(cpu: &VcpuFd, msrs: &[kvm_msr_entry]) -> Result<(), Error> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_deadline_that_has_passed_is_kept_as_one() {
+        let kept = |mode: u8, deadline: u64| {
+            let mut state = CpuState {
+                cpuid: Vec::new(),
+                tsc_khz: 0,
+                tsc_offset: None,
+                mp_state: Default::default(),
+                regs: Default::default(),
+                sregs: Default::default(),
+                xsave: Default::default(),
+                xcrs: Default::default(),
+                debug: Default::default(),
+                lapic: Default::default(),
+                events: Default::default(),
+                msrs: vec![entry(MSR_TSC, 1000), entry(MSR_TSC_DEADLINE, deadline)],
+            };
+            // Vector 0xec; the mode is in bits 17 and 18.
+            state.lapic.regs[LAPIC_TIMER] = 0xecu8 as _;
+            state.lapic.regs[LAPIC_TIMER + 2] = (mode << 1) as _;
+            keep_deadline(&mut state);
+            state.msrs[1].data
+        };
+        assert_eq!(kept(0b10, 0), 1000, "fires at once");
+        assert_eq!(kept(0b10, 5000), 5000);
+        assert_eq!(
+            (kept(0b00, 0), kept(0b01, 0)),
+            (0, 0),
+            "in one-shot and periodic mode the register is not used"
+        );
+    }
 }

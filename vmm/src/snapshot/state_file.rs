@@ -19,7 +19,7 @@ use super::{Error, State, io_error, unusable};
 
 const MAGIC: &[u8; 16] = b"lab-vmm snapshot";
 /// Version of the format: another one for every change of `State`.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 const HEADER: usize = 32;
 /// Longest body in bytes: 32 CPUs take 2 MiB, the checksums of 64 GiB another half.
 const BODY_MAX: u64 = 64 << 20;
