@@ -1,9 +1,10 @@
 //! Whether the host has what a lab's nodes need together, before anything starts.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use crate::{
     lab::Lab,
+    memory,
     state::{self, NodeState},
 };
 
@@ -15,13 +16,15 @@ const RESERVE_MIB: u64 = 256;
 pub enum Error {
     /// Memory.
     #[error(
-        "the lab's nodes need {needed_mib} MiB of memory together, {free_mib} MiB are free on this host: lower `memory` in {labfile}, or `lab halt` another lab"
+        "the lab's nodes need {needed_mib} MiB of memory together, {free_mib} MiB are free {place}: lower `memory` in {labfile}, or `lab halt` another lab"
     )]
     Memory {
         /// What the nodes need that don't run yet.
         needed_mib: u64,
         /// What can be had.
         free_mib: u64,
+        /// Where: "on this host", or in a control group of lab's.
+        place: String,
         /// The labfile.
         labfile: String,
     },
@@ -62,13 +65,16 @@ pub fn check(lab: &Lab) -> Result<(), Error> {
     if lab.fork.is_some() {
         (memory_mib, disk_bytes) = (memory_mib / FORK_SHARE, 0);
     }
-    let available = available_memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default());
-    if let Some(available) = available
+    if let Some(available) = memory::available()
         && memory_mib > 0
-        && memory_mib.saturating_add(RESERVE_MIB) > available
+        && memory_mib.saturating_add(RESERVE_MIB) > available.mib
     {
-        let free_mib = available.saturating_sub(RESERVE_MIB);
-        return Err(Error::Memory { needed_mib: memory_mib, free_mib, labfile });
+        let free_mib = available.mib.saturating_sub(RESERVE_MIB);
+        let place = match available.limited_by {
+            Some(file) => format!("in this control group ({})", file.display()),
+            None => "on this host".into(),
+        };
+        return Err(Error::Memory { needed_mib: memory_mib, free_mib, place, labfile });
     }
     if let Some(free) = free_bytes(lab.paths.home())
         && disk_bytes > free
@@ -83,12 +89,6 @@ pub fn check(lab: &Lab) -> Result<(), Error> {
     Ok(())
 }
 
-/// `MemAvailable` of proc_meminfo(5) in MiB.
-fn available_memory_mib(meminfo: &str) -> Option<u64> {
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib >> 10)
-}
-
 /// Bytes that this user can still write to the file system of the nearest existing folder of `path`.
 fn free_bytes(path: &Path) -> Option<u64> {
     let existing = path.ancestors().find(|dir| dir.exists())?;
@@ -99,13 +99,6 @@ fn free_bytes(path: &Path) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn meminfo_is_read() {
-        let text = "MemTotal:       24610000 kB\nMemAvailable:    2097152 kB\n";
-        assert_eq!(available_memory_mib(text), Some(2048));
-        assert_eq!(available_memory_mib("nonsense"), None);
-    }
 
     #[test]
     fn a_folder_that_is_not_there_yet_counts_where_it_will_be() {

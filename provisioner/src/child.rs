@@ -11,6 +11,8 @@ use std::{
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use crate::terminal_text;
+
 /// Lines of output that are kept to be shown when a command fails.
 const TAIL_LINES: usize = 12;
 
@@ -68,7 +70,7 @@ pub fn run(
             let mut bytes = Vec::new();
             // Lines are cut at 64 KiB: the output is not ours.
             while reader.by_ref().take(64 << 10).read_until(b'\n', &mut bytes).is_ok_and(|count| count > 0) {
-                let text = String::from_utf8_lossy(&bytes).trim_end().replace(['\r', '\x1b'], "");
+                let text = terminal_text::line(&String::from_utf8_lossy(&bytes));
                 if lines.send(text).is_err() {
                     break;
                 }
@@ -125,6 +127,19 @@ pub fn wait(child: &mut Child, limit: Duration) -> io::Result<Option<ExitStatus>
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno.into()),
         }
+    }
+}
+
+/// Keeps what this process was started with, but for standard input, output and errors, from all that it starts: a lock
+/// or a pipe of the caller's (`flock 9`) would be held for as long as a lab runs.
+pub fn keep_descriptors() {
+    use rustix::fd::BorrowedFd;
+    let listed = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers: Vec<i32> = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for number in numbers.into_iter().filter(|number| *number > 2) {
+        // SAFETY: marks a descriptor of this process, which does nothing else yet; one that is closed by now is refused.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+        let _ = rustix::io::fcntl_setfd(descriptor, rustix::io::FdFlags::CLOEXEC);
     }
 }
 

@@ -13,6 +13,7 @@ fn main() -> ExitCode {
     if let Some(status) = lab::host::internal(std::env::args_os()) {
         return status;
     }
+    lab::child::keep_descriptors();
     let cli = Cli::parse();
     let json = cli.global.output == Output::Json;
     match run(cli) {

@@ -13,7 +13,7 @@ use std::{
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::say::say;
+use crate::{say::say, terminal_text};
 
 /// Time between two lines about something that goes on, where there is no terminal.
 const INTERVAL: Duration = Duration::from_secs(30);
@@ -223,7 +223,7 @@ fn ongoing(subject: &str, what: &str, elapsed: Duration, last: &str) -> String {
 
 /// As much of a foreign text as is shown.
 fn short(text: &str, most: usize) -> String {
-    text.chars().filter(|c| !c.is_control()).take(most).collect()
+    terminal_text::line(text).chars().take(most).collect()
 }
 
 /// A thread that panicked has left nothing behind that could be half done.
@@ -262,7 +262,7 @@ mod tests {
         };
         assert_eq!(told(30, ""), "  master       kubernetes/init: 30 s");
         assert_eq!(told(30, " \n\t"), told(30, ""));
-        assert_eq!(told(90, "50 %\r\x1b[1m100 %\n"), "  master       kubernetes/init: 90 s: 50 %[1m100 %");
+        assert_eq!(told(90, "50 %\r\x1b[1m100 %\n"), "  master       kubernetes/init: 90 s: 100 %");
         assert_eq!(told(90, &"ä".repeat(9999)).chars().count(), told(90, "").chars().count() + 2 + SHOWN[1]);
         let long = ongoing("a-name-that-is-long", "boot", Duration::from_secs(120), "x");
         assert_eq!(long, "  a-name-that-is-long boot: 120 s: x");

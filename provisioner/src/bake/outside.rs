@@ -21,7 +21,7 @@ use rustix::{
 };
 
 use super::{BEGINS, Error, INSIDE, InsidePlan, InsideStep, MADE, failed};
-use crate::{child, host::emulated::machine::meminfo};
+use crate::{child, memory, subordinate_ids};
 
 /// Users and groups of the namespaces: as many as Debian's packages may make.
 const IDS: u32 = 65536;
@@ -151,8 +151,7 @@ pub fn run(
 
 /// Memory for the files, in MiB.
 fn memory() -> Result<u64, Error> {
-    let text = fs::read_to_string("/proc/meminfo").map_err(failed("read /proc/meminfo"))?;
-    let available = meminfo(&text, "MemAvailable").unwrap_or(0);
+    let available = memory::available().map_or(0, |available| available.mib);
     if available < LEAST_MEMORY_MIB {
         return Err(Error::Unavailable(format!(
             "{available} MiB of memory are free, and the files need {LEAST_MEMORY_MIB}"
@@ -204,11 +203,12 @@ fn take(control: &UnixStream) -> io::Result<Option<TcpListener>> {
 /// Maps users and groups: root's by itself, another user's by the ranges that /etc/subuid and /etc/subgid give him.
 fn map(pid: u32) -> io::Result<()> {
     let (user, group) = (rustix::process::getuid(), rustix::process::getgid());
+    let names = subordinate_ids::names();
     for (file, name, program, own) in [
         ("uid_map", "/etc/subuid", "newuidmap", user.as_raw()),
         ("gid_map", "/etc/subgid", "newgidmap", group.as_raw()),
     ] {
-        let range = range(&fs::read_to_string(name).unwrap_or_default(), user.as_raw());
+        let range = subordinate_ids::first(&fs::read_to_string(name).unwrap_or_default(), &names, IDS);
         if user.is_root() {
             let first = range.unwrap_or(FIRST_ID);
             fs::write(format!("/proc/{pid}/{file}"), format!("0 {first} {IDS}\n"))?;
@@ -224,28 +224,4 @@ fn map(pid: u32) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// The first number of a range that is large enough, of a user's by name or number (subuid(5)).
-fn range(table: &str, user: u32) -> Option<u32> {
-    let names = [std::env::var("USER").unwrap_or_default(), user.to_string()];
-    table.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (name, first, count) = (fields.next()?, fields.next()?, fields.next()?);
-        let enough = count.trim().parse::<u32>().ok()? >= IDS;
-        (enough && !name.is_empty() && names.iter().any(|own| own == name)).then(|| first.parse().ok())?
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ranges_are_found_by_name_or_number() {
-        let table = "other:100000:65536\n4711:200000:1000\n4711:300000:65536\n";
-        assert_eq!(range(table, 4711), Some(300_000));
-        assert_eq!(range(table, 4712), None);
-        assert_eq!(range("4711:x:65536\nnonsense", 4711), None);
-    }
 }

@@ -9,18 +9,21 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    emulated::{
-        corrections,
-        machine::{self, meminfo},
-        tools,
-    },
+    emulated::{corrections, machine, tools},
     probe::{self, Probe, Verdict},
 };
-use crate::paths::Paths;
+use crate::{
+    memory::{self, Available},
+    paths::Paths,
+    subordinate_ids,
+};
 
 const INSTALL: &str = "run scripts/install-dependencies";
 /// Free disk space below which a lab has no room, and below which it is tight, in MiB: an image and a few nodes.
 const DISK_MIB: [u64; 2] = [2 << 10, 10 << 10];
+
+/// Ids that building an image takes.
+const SUBORDINATE_IDS: u32 = 65536;
 
 /// How good a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -106,7 +109,16 @@ pub fn run(paths: &Paths) -> Report {
     findings.push(siblings());
     findings.extend(programs());
     findings.push(keyring());
-    findings.push(memory(&fs::read_to_string("/proc/meminfo").unwrap_or_default(), local));
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    findings.push(namespaces(&Rights {
+        root: rustix::process::getuid().is_root(),
+        names: subordinate_ids::names(),
+        uidmap: tools::find("newuidmap").is_some() && tools::find("newgidmap").is_some(),
+        tables: [read("/etc/subuid"), read("/etc/subgid")],
+        most: read("/proc/sys/user/max_user_namespaces"),
+        clone: read("/proc/sys/kernel/unprivileged_userns_clone"),
+    }));
+    findings.push(memory(memory::available(), local));
     findings.push(disk(paths.home()));
     findings.push(home(paths.home(), local));
     findings.push(ping(
@@ -258,12 +270,63 @@ fn keyring() -> Finding {
     finding(ABOUT, Grade::Ok, "they are there, Debian 13's among them", None)
 }
 
-fn memory(text: &str, local: bool) -> Finding {
-    let (total, free) = (meminfo(text, "MemTotal").unwrap_or(0), meminfo(text, "MemAvailable").unwrap_or(0));
+/// What decides whether a user may build images, and have steps baked without a node.
+struct Rights {
+    root: bool,
+    names: Vec<String>,
+    uidmap: bool,
+    /// /etc/subuid and /etc/subgid.
+    tables: [String; 2],
+    /// How many user namespaces there may be; empty if the kernel has none.
+    most: String,
+    /// Debian's switch for those of ordinary users; empty elsewhere.
+    clone: String,
+}
+
+/// Images are built in a user namespace with the ids of a whole system.
+fn namespaces(rights: &Rights) -> Finding {
+    const ABOUT: &str = "user namespaces";
+    let problem = |found: String, next: String| finding(ABOUT, Grade::Problem, found, Some(next));
+    if rights.root {
+        return finding(ABOUT, Grade::Ok, "root needs none to build images", None);
+    }
+    for (switch, value) in
+        [("user.max_user_namespaces", &rights.most), ("kernel.unprivileged_userns_clone", &rights.clone)]
+    {
+        if value.trim() == "0" {
+            let on = if switch.starts_with("user") { 65536 } else { 1 };
+            let next = format!("sudo sysctl -w {switch}={on}");
+            return problem(format!("{switch} is 0: this user may not have any, and builds no image"), next);
+        }
+    }
+    if !rights.uidmap {
+        let found = "newuidmap and newgidmap are not installed: this user builds no image";
+        return problem(found.into(), format!("{INSTALL} (Debian's package uidmap)"));
+    }
+    let user = rights.names.first().map_or("", String::as_str);
+    for (file, table) in ["/etc/subuid", "/etc/subgid"].iter().zip(&rights.tables) {
+        if subordinate_ids::first(table, &rights.names, SUBORDINATE_IDS).is_none() {
+            let found = format!("{file} gives {user} no {SUBORDINATE_IDS} ids: this user builds no image");
+            let next = format!(
+                "echo {user}:100000:{SUBORDINATE_IDS} | sudo tee -a {file} (another first number where others have these)"
+            );
+            return problem(found, next);
+        }
+    }
+    finding(ABOUT, Grade::Ok, format!("{user} may have them, with {SUBORDINATE_IDS} ids"), None)
+}
+
+fn memory(available: Option<Available>, local: bool) -> Finding {
+    let (free, limited_by) = available.map_or((0, None), |available| (available.mib, available.limited_by));
     let needed = if local { 1024 } else { machine::LEAST_MEMORY_MIB + machine::RESERVE_MIB };
-    let found = format!("{free} MiB of {total} MiB are free");
+    let found = match &limited_by {
+        Some(file) => format!("{free} MiB are free, by the control group's limit in {}", file.display()),
+        None => format!("{free} MiB are free"),
+    };
     if free < needed {
-        let next = format!("end something that uses much of it: at least {needed} MiB are needed");
+        let more =
+            if limited_by.is_some() { "raise that limit" } else { "end something that uses much of it" };
+        let next = format!("{more}: at least {needed} MiB are needed");
         return finding("memory", Grade::Problem, found, Some(next));
     }
     if free < needed + 2048 {
@@ -392,15 +455,54 @@ mod tests {
 
     #[test]
     fn too_little_of_anything_is_a_problem() {
-        let text = |free: u64| format!("MemTotal: 8388608 kB\nMemAvailable: {} kB\n", free << 10);
-        assert_eq!(memory(&text(6000), false).grade, Grade::Ok);
-        assert_eq!(memory(&text(4000), false).grade, Grade::Warning);
-        assert_eq!(memory(&text(2000), false).grade, Grade::Problem);
-        assert_eq!(memory(&text(2000), true).grade, Grade::Warning);
-        assert_eq!(memory("", true).grade, Grade::Problem);
+        let free = |mib: u64| Some(Available { mib, limited_by: None });
+        assert_eq!(memory(free(6000), false).grade, Grade::Ok);
+        assert_eq!(memory(free(4000), false).grade, Grade::Warning);
+        assert_eq!(memory(free(2000), false).grade, Grade::Problem);
+        assert_eq!(memory(free(2000), true).grade, Grade::Warning);
+        assert_eq!(memory(None, true).grade, Grade::Problem);
+        let limited = memory(Some(Available { mib: 9, limited_by: Some("/x/memory.max".into()) }), true);
+        assert!(
+            limited.found.contains("/x/memory.max") && limited.next.unwrap().contains("raise that limit")
+        );
         assert_eq!(home(Path::new("/run/me/lab"), false).grade, Grade::Problem);
         assert_eq!(runtime_folder(Some("/nowhere/at/all".into())).grade, Grade::Problem);
         assert_eq!(runtime_folder(None).grade, Grade::Ok);
+    }
+
+    #[test]
+    fn an_ordinary_user_is_told_what_building_images_takes() {
+        let able = || Rights {
+            root: false,
+            names: vec!["ann".into(), "1000".into()],
+            uidmap: true,
+            tables: ["ann:100000:65536\n".into(), "1000:100000:65536\n".into()],
+            most: "63381\n".into(),
+            clone: "1\n".into(),
+        };
+        assert_eq!(namespaces(&able()).grade, Grade::Ok);
+        assert_eq!(namespaces(&Rights { clone: String::new(), ..able() }).grade, Grade::Ok);
+        for (rights, found, next) in [
+            (Rights { uidmap: false, ..able() }, "newuidmap", "uidmap"),
+            (Rights { most: "0\n".into(), ..able() }, "user.max_user_namespaces is 0", "=65536"),
+            (Rights { clone: "0\n".into(), ..able() }, "kernel.unprivileged_userns_clone is 0", "=1"),
+            (
+                Rights { tables: ["ann:100000:1000\n".into(), String::new()], ..able() },
+                "/etc/subuid gives ann no 65536 ids",
+                "echo ann:100000:65536 | sudo tee -a /etc/subuid",
+            ),
+            (
+                Rights { tables: ["ann:1:65536\n".into(), "bob:1:65536\n".into()], ..able() },
+                "/etc/subgid gives ann no",
+                "/etc/subgid",
+            ),
+        ] {
+            let it = namespaces(&rights);
+            assert_eq!(it.grade, Grade::Problem);
+            assert!(it.found.contains(found), "{}", it.found);
+            assert!(it.next.unwrap().contains(next));
+            assert_eq!(namespaces(&Rights { root: true, ..rights }).grade, Grade::Ok);
+        }
     }
 
     #[test]

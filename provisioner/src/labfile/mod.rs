@@ -172,12 +172,15 @@ pub(crate) fn read_text(path: &Path, what: &str, missing: &str) -> Result<String
     if bytes.len() as u64 > MAX_BYTES {
         return Err(fail(format!("the {what} is larger than 1 MiB"), "is it the right file?"));
     }
-    String::from_utf8(bytes).map_err(|error| {
+    let text = String::from_utf8(bytes).map_err(|error| {
         let place = error.utf8_error().valid_up_to();
         let text = String::from_utf8_lossy(error.as_bytes());
         let mut report = Report::new(path.to_owned(), &text);
         let message = format!("the {what} is not UTF-8 text");
         report.error(Some(place..place), "", message, "save it as UTF-8, or remove what is no text");
         Diagnostics { errors: report.into_errors() }
-    })
+    })?;
+    // As editors on Windows leave it: a shell would take the carriage return for a part of the last word.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
+    Ok(text.replace("\r\n", "\n"))
 }

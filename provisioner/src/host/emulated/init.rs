@@ -23,7 +23,8 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{machine::meminfo, netlink::Netlink, orders};
+use super::{netlink::Netlink, orders};
+use crate::memory::meminfo;
 use crate::say::say;
 
 /// What init says on the console when commands can come in.

@@ -199,20 +199,12 @@ fn command_line_can_hold(path: &Path) -> Result<(), Error> {
 
 /// Memory for the machine in MiB: what is free, less a reserve. It is taken page by page, as it is used.
 fn memory() -> Result<u64, Error> {
-    let text = fs::read_to_string("/proc/meminfo")
-        .map_err(|source| Error::Io { what: "cannot read /proc/meminfo".into(), source })?;
-    let available = meminfo(&text, "MemAvailable").unwrap_or(0);
+    let available = crate::memory::available().map_or(0, |available| available.mib);
     let memory = available.saturating_sub(RESERVE_MIB);
     if memory < LEAST_MEMORY_MIB {
         return Err(Error::Memory { needed: LEAST_MEMORY_MIB, reserve: RESERVE_MIB, available });
     }
     Ok(memory)
-}
-
-/// A field of /proc/meminfo in MiB.
-pub fn meminfo(text: &str, field: &str) -> Option<u64> {
-    let line = text.lines().find(|line| line.split(':').next() == Some(field))?;
-    line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib / 1024)
 }
 
 /// Stops the machine; false if there was none. Labs in it are an error unless `force`. The caller holds the lock of
@@ -306,13 +298,6 @@ mod tests {
         let _held = lock::try_lock(&waiting).unwrap().unwrap();
         forget(&files);
         assert!(!left.exists() && !files.ssh_socket().exists() && waiting.exists());
-    }
-
-    #[test]
-    fn memory_is_read_in_mib() {
-        let text = "MemTotal:       24684096 kB\nMemFree: 1 kB\nMemAvailable:   2097152 kB\n";
-        assert_eq!(meminfo(text, "MemAvailable"), Some(2048));
-        assert_eq!(meminfo(text, "Mem"), None);
     }
 
     #[test]

@@ -53,6 +53,27 @@ fn each_wrong_labfile_gets_its_message() {
 }
 
 #[test]
+fn windows_line_ends_are_line_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).unwrap();
+    let text = "name = \"demo\"\n[node.a]\n[[step]]\nname = \"one\"\nrun = \"\"\"\nmkdir /srv/data\n\"\"\"\n\
+                [[step]]\nname = \"two\"\nscript = \"two.sh\"\n";
+    let mut loaded = Vec::new();
+    for end in ["\n", "\r\n"] {
+        write("lab.toml", &text.replace('\n', end));
+        write("two.sh", &"mkdir /srv/more\nls\n".replace('\n', end));
+        loaded.push(load(&dir.path().join("lab.toml")).unwrap());
+    }
+    write("lab.toml", &format!("\u{feff}{text}"));
+    loaded.push(load(&dir.path().join("lab.toml")).unwrap());
+    assert_eq!(
+        loaded[0].steps.iter().map(|step| step.run.as_str()).collect::<Vec<_>>(),
+        ["mkdir /srv/data\n", "mkdir /srv/more\nls\n"]
+    );
+    assert!(loaded[0] == loaded[1] && loaded[0] == loaded[2]);
+}
+
+#[test]
 fn files_that_are_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("lab.toml");
