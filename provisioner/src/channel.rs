@@ -93,6 +93,35 @@ pub fn lost(outcome: &child::Outcome) -> bool {
     outcome.status.is_some_and(|status| status.code() == Some(255))
 }
 
+/// Runs the shell script on standard input, in the node. The script goes into a file, since what it runs may read
+/// standard input. `sync`: a step that is recorded as done must be on the disk, whatever ends the machine.
+///
+/// A process that the script leaves behind holds its output open, and SSH would wait for that, too: so the output ends at
+/// a line of ours behind the script's end, and what is written later is read by somebody, and thrown away. Lines are
+/// passed on as they come by GNU's sed, and by BusyBox's awk, whose sed cannot; mawk waits for a full buffer.
+const RUN_SCRIPT: &str = r#"
+d=$(mktemp -d) && cat >"$d/script" && mkfifo "$d/output" || exit
+{
+    if sed -u q </dev/null 2>/dev/null; then
+        sed -un "\\|$d/end\$|{s|||;/./p;q};p"
+    else
+        awk -v end="$d/end" '
+            { at = length($0) - length(end) + 1 }
+            at > 0 && substr($0, at) == end { if (at > 1) print substr($0, 1, at - 1); exit }
+            { print; fflush() }'
+    fi
+    exec cat >/dev/null 2>&1
+} <"$d/output" &
+exec 3>"$d/output"
+/bin/sh -e "$d/script" </dev/null >&3 2>&1 3>&-
+s=$?
+echo "$d/end" >&3
+exec 3>&-
+rm -rf "$d"
+sync
+exit "$s"
+"#;
+
 /// The way into one node.
 #[derive(Debug, Clone)]
 pub struct Channel {
@@ -118,7 +147,7 @@ impl Channel {
         let mut options = vec![
             ("User", "root".into()),
             ("HostKeyAlias", self.node.clone()),
-            ("ProxyCommand", proxy),
+            ("ProxyCommand", proxy.replace('%', "%%")),
             ("IdentityFile", quote_option(&self.paths.identity())),
             ("IdentitiesOnly", "yes".into()),
             ("UserKnownHostsFile", quote_option(&known_hosts(&self.paths, &self.node))),
@@ -175,11 +204,7 @@ impl Channel {
         }
         text.push_str(script);
         text.push('\n');
-        // The script goes into a file, since what it runs may read standard input. sync: a step that is recorded as
-        // done must be on the disk, whatever ends the machine.
-        let command = self.ssh_to(
-            "f=$(mktemp) && cat >\"$f\" && { /bin/sh -e \"$f\" </dev/null; s=$?; rm -f \"$f\"; sync; exit $s; }",
-        );
+        let command = self.ssh_to(RUN_SCRIPT);
         child::run(command, text.as_bytes(), log, limit, line)
             .map_err(|source| Error::Tool { tool: "ssh", source })
     }
@@ -406,6 +431,49 @@ mod tests {
                 Command::new("sh").args(["-c", &format!("printf %s {}", quote(word))]).output().unwrap();
             assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
         }
+    }
+
+    #[test]
+    fn a_script_ends_though_it_leaves_a_process_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let left = dir.path().join("left");
+        let script = format!(
+            "echo one; read x || echo nothing to read; echo bad >&2\n\
+             sh -c 'trap \"\" HUP; while [ ! -e {0}.go ]; do sleep 0.1; done; echo late; touch {0}' &\n\
+             printf two; exit 3\n",
+            left.display()
+        );
+        let mut command = Command::new("sh");
+        command.args(["-c", RUN_SCRIPT]).env("TMPDIR", dir.path());
+        let limit = Duration::from_secs(60);
+        let outcome = child::run(command, script.as_bytes(), None, limit, &mut |_| ()).unwrap();
+        assert_eq!(outcome.status.and_then(|status| status.code()), Some(3));
+        assert_eq!(outcome.tail, ["one", "nothing to read", "bad", "two"]);
+        // What it left behind goes on, and may still write.
+        std::fs::write(format!("{}.go", left.display()), "").unwrap();
+        let end = Instant::now() + limit;
+        while !left.exists() {
+            assert!(Instant::now() < end, "it was ended with its script");
+            std::thread::park_timeout(Duration::from_millis(20));
+        }
+    }
+
+    #[test]
+    fn paths_pass_ssh_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let odd = dir.path().join("an odd %d, folder");
+        let paths = crate::paths::Paths::at(&odd, &dir.path().join("run"));
+        let channel = Channel::new(&paths.lab("demo"), "demo", "a");
+        let mut command = Command::new("ssh");
+        command.args(["-F", "/dev/null", "-G"]);
+        for (key, value) in channel.options(&odd.join("lab"), false) {
+            command.arg("-o").arg(format!("{key}={value}"));
+        }
+        let output = command.arg("a").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        let option = |name: &str| said.lines().find_map(|line| line.strip_prefix(name)).unwrap().to_owned();
+        assert!(option("identityfile ").replace("%%", "%").contains(odd.to_str().unwrap()), "{said}");
+        assert!(option("proxycommand ").replace("%%", "%").contains(odd.to_str().unwrap()), "{said}");
     }
 
     #[test]

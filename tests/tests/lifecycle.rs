@@ -32,6 +32,8 @@ mkdir -p /srv/www
 echo "page of $LAB_NODE at $LAB_IP" > /srv/www/index.html
 echo ran >> /srv/count
 pidof httpd || httpd -h /srv/www
+# Neither its script nor its output is waited for.
+sleep 100000 &
 """
 
 [[check]]
@@ -57,7 +59,15 @@ fn a_lab_s_life() {
             .iter()
             .all(|entry| entry["done"] == false || entry["action"] == "image tiny")
     );
+    // What the caller has open, as `flock 9 lab up` does, is not held by what runs on.
+    let (held, given) = std::io::pipe().unwrap();
+    rustix::io::fcntl_setfd(&given, rustix::io::FdFlags::empty()).unwrap();
     lab.run(&["up"]);
+    drop(given);
+    let mut ended = [rustix::event::PollFd::new(&held, rustix::event::PollFlags::IN)];
+    let limit = rustix::event::Timespec { tv_sec: 20, tv_nsec: 0 };
+    assert_eq!(rustix::event::poll(&mut ended, Some(&limit)), Ok(1), "a pipe of the caller's is still open");
+    assert_eq!(lab.shell("master", "pidof sleep >/dev/null && echo left", b"").1, "left\n");
     if lab_tests::emulated() {
         // Guests have this processor's time, however badly its speed was measured at first.
         let tolerance = lab_tests::on_host("cat /sys/module/kvm/parameters/tsc_tolerance_ppm");
@@ -158,6 +168,15 @@ fn a_lab_s_life() {
     lab.run(&["restart", "worker1"]);
     assert_eq!(lab.shell("worker1", "hostname", b"").1, "worker1\n");
 
+    // The folder of its sockets has gone with the session that it was brought up in: nothing is reached, until `up` has
+    // begun again.
+    let home = lab_tests::home();
+    lab_tests::on_host(&format!("rm -r \"$(readlink {}/labs/life/sockets)\"", home.display()));
+    let up = lab_tests::output(lab.command(&["up"]), b"");
+    let said = lab_tests::text(&up);
+    assert!(up.status.success() && said.contains("the folder of the lab's sockets was gone"), "{said}");
+    assert_eq!(lab.shell("master", "cat /srv/more", b"").1, "more\n");
+
     // One node can go and come back.
     lab.run(&["destroy", "--yes", "worker1"]);
     assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("running".into(), "absent".into()));
@@ -224,4 +243,10 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
     let fetch =
         "curl -s -m 60 -o /dev/null -w '%{http_code}' http://deb.debian.org/debian/dists/trixie/Release";
     assert_eq!(lab.shell("a", fetch, b""), (Some(0), "200".into()));
+    // What was left running outlives the connection that it was started from, which a restore cuts off.
+    assert_eq!(lab.shell("a", "nohup sleep 12345 >/dev/null 2>&1 &", b"").0, Some(0));
+    lab.run(&["snapshot", "save", "with-it"]);
+    lab.run(&["snapshot", "restore", "with-it"]);
+    let (status, said) = lab.shell("a", "pgrep -fx 'sleep 12345'", b"");
+    assert_eq!(status, Some(0), "{said}");
 }
