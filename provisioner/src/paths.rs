@@ -16,7 +16,7 @@ const LONGEST_NAME: usize = 16;
 /// appends to a ControlPath while it binds it.
 const LONGEST_SOCKET_NAME: usize = LONGEST_NAME + 4 + 17;
 
-/// A link in a lab's folder to that of its sockets.
+/// A link in the folder of a lab, or of the emulated host, to that of its sockets.
 const SOCKETS: &str = "sockets";
 
 /// A lab's folder for what steps of stacks give each other.
@@ -111,13 +111,17 @@ impl Paths {
         self.home.join("labs")
     }
 
-    /// The folders of lab `name`; none of them is made yet. Its sockets are where it was brought up, whatever the
-    /// environment of the command that asks: a desktop's session and a job of cron's have different ones.
+    /// The folders of lab `name`; none of them is made yet.
     pub fn lab(&self, name: &str) -> LabPaths {
         let dir = self.labs().join(name);
+        LabPaths { sockets: self.sockets(&dir, name), dir }
+    }
+
+    /// Where the sockets are of what is called `name` and lies in `dir`: where it was started, whatever the environment of
+    /// the command that asks (a desktop's session and a job of cron's have different ones), or where it would be now.
+    pub fn sockets(&self, dir: &Path, name: &str) -> PathBuf {
         let recorded = fs::read_link(dir.join(SOCKETS)).ok().filter(|folder| folder.is_dir());
-        let sockets = recorded.unwrap_or_else(|| self.runtime.join(socket_folder(&self.home, name)));
-        LabPaths { dir, sockets }
+        recorded.unwrap_or_else(|| self.runtime.join(socket_folder(&self.home, name)))
     }
 }
 
@@ -167,13 +171,7 @@ impl LabPaths {
             owned(parent)?;
         }
         private_dir(&self.sockets)?;
-        let link = self.dir.join(SOCKETS);
-        if fs::read_link(&link).ok().as_ref() != Some(&self.sockets) {
-            let _ = fs::remove_file(&link);
-            std::os::unix::fs::symlink(&self.sockets, &link)
-                .map_err(|source| Error::Folder { path: link, source })?;
-        }
-        Ok(())
+        record_sockets(&self.dir, &self.sockets)
     }
 
     /// Recorded state of the lab.
@@ -220,6 +218,16 @@ impl LabPaths {
     pub fn net_control(&self) -> PathBuf {
         self.sockets.join("net.ctl")
     }
+}
+
+/// Notes in `dir` where the sockets are of what lies there, for [`Paths::sockets`].
+pub fn record_sockets(dir: &Path, sockets: &Path) -> Result<(), Error> {
+    let link = dir.join(SOCKETS);
+    if fs::read_link(&link).is_ok_and(|recorded| recorded == sockets) {
+        return Ok(());
+    }
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(sockets, &link).map_err(|source| Error::Folder { path: link, source })
 }
 
 /// Makes a folder, with those above it, that only this user may enter.

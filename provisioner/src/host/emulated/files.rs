@@ -30,8 +30,8 @@ pub struct Files {
 impl Files {
     /// Finds the folders; none of them is made yet.
     pub fn new(paths: &Paths) -> Self {
-        let sockets = paths.lab(SOCKETS).sockets;
-        Self { home: paths.home().into(), dir: paths.home().join("host"), sockets }
+        let dir = paths.home().join("host");
+        Self { home: paths.home().into(), sockets: paths.sockets(&dir, SOCKETS), dir }
     }
 
     /// Makes the folders, for this user alone.
@@ -41,7 +41,8 @@ impl Files {
         if self.ssh_socket().as_os_str().len() > LONGEST_CONTROL_PATH {
             return Err(paths::Error::TooLong(self.sockets.clone()));
         }
-        paths::private_dir(&self.sockets)
+        paths::private_dir(&self.sockets)?;
+        paths::record_sockets(&self.dir, &self.sockets)
     }
 
     /// Locked by the supervisor and QEMU while the machine exists. It holds the [`super::State`] once commands can

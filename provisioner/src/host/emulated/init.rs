@@ -322,6 +322,8 @@ fn accounts(config: &InitConfig) -> Result<(), Error> {
     for path in [&home, &format!("{home}/.ssh"), &keys] {
         chown(path, Some(config.uid), Some(config.gid)).map_err(failed(path))?;
     }
+    // Whoever this user is, the way there is open to him.
+    private("/run/user", 0o755)?;
     let runtime = format!("/run/user/{}", config.uid);
     private(&runtime, 0o700)?;
     chown(&runtime, Some(config.uid), Some(config.gid)).map_err(failed(&runtime))?;
