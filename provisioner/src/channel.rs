@@ -322,6 +322,9 @@ impl Channel {
     fn announced(&self) -> Result<(), String> {
         let status = control::vmm_status(&self.paths.node_socket(&self.node, "ctl"))
             .map_err(|error| error.to_string())?;
+        if goes_down(&status) {
+            return Err("it is going down".into());
+        }
         let ready = ["READY=1", "X_SYSTEMD_UNIT_ACTIVE=ssh-access.target"];
         match status.notified.iter().any(|line| ready.contains(&line.as_str())) {
             true => Ok(()),
@@ -372,6 +375,11 @@ impl Channel {
         };
         splice(&stream).map_err(|error| unreachable(error.to_string()))
     }
+}
+
+/// Whether a node's systemd has said that it reboots, or ends in another way (systemd 254 and later).
+pub fn goes_down(status: &lab_vmm::control::Status) -> bool {
+    status.notified.iter().any(|line| line == "STOPPING=1" || line.starts_with("X_SYSTEMD_SHUTDOWN="))
 }
 
 /// The file with a node's host key, which lab gave it: the only one that is trusted.

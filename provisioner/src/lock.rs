@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FlockOperation, flock, major, minor},
+    fs::{FlockOperation, flock},
     process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 
@@ -28,31 +28,38 @@ pub fn is_held(path: &Path) -> bool {
     matches!(flock(&file, FlockOperation::NonBlockingLockShared), Err(rustix::io::Errno::WOULDBLOCK))
 }
 
-/// Tells the process that holds the lock of `path` to end (SIGTERM), if the kernel says who that is (proc_locks(5); it
-/// does not on file systems whose device number is not that of their files, as btrfs).
+/// Tells the process that holds the lock of `path` to end (SIGTERM), if it is found: a process of this user that has the
+/// file open, and of which the kernel says that it holds a lock with that inode number (proc_locks(5)).
 pub fn end_holder(path: &Path) -> io::Result<()> {
-    let data = fs::metadata(path)?;
-    let Some(pid) = holder(&fs::read_to_string("/proc/locks")?, data.dev(), data.ino()) else {
-        return Ok(());
-    };
-    let process = pidfd_open(pid, PidfdFlags::empty())?;
-    // The number cannot be another process's as long as the lock is held.
-    if is_held(path) {
-        pidfd_send_signal(&process, Signal::TERM)?;
+    let (inode, path) = (fs::metadata(path)?.ino(), fs::canonicalize(path)?);
+    for pid in holders(&fs::read_to_string("/proc/locks")?, inode) {
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        // After that, its number cannot become another's.
+        if has_open(pid, &path) {
+            pidfd_send_signal(&process, Signal::TERM)?;
+        }
     }
     Ok(())
 }
 
-/// Who holds the lock of a file, by the text of /proc/locks: `1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF`.
-fn holder(table: &str, device: u64, inode: u64) -> Option<Pid> {
-    let file = format!("{:02x}:{:02x}:{inode}", major(device), minor(device));
-    table.lines().find_map(|line| {
+/// Who holds locks of files with this inode number, on whatever file system: `1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF`.
+/// The device is left out, since it is not the one that stat(2) tells on btrfs or overlayfs.
+fn holders(table: &str, inode: u64) -> Vec<Pid> {
+    let holder = |line: &str| {
         let fields: Vec<&str> = line.split_whitespace().collect();
         match fields.as_slice() {
-            [_, "FLOCK", _, _, pid, at, ..] if *at == file => Pid::from_raw(pid.parse().ok()?),
+            [_, "FLOCK", _, _, pid, at, ..] if at.rsplit(':').next()?.parse() == Ok(inode) => {
+                Pid::from_raw(pid.parse().ok()?)
+            }
             _ => None,
         }
-    })
+    };
+    table.lines().filter_map(holder).collect()
+}
+
+fn has_open(pid: Pid, path: &Path) -> bool {
+    let open = fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).into_iter().flatten().flatten();
+    open.filter_map(|entry| fs::read_link(entry.path()).ok()).any(|target| target == path)
 }
 
 #[cfg(test)]
@@ -63,17 +70,30 @@ mod tests {
     fn who_holds_a_lock_is_found() {
         let table = "1: FLOCK  ADVISORY  WRITE 812 fe:00:1234 0 EOF\n1: -> FLOCK  ADVISORY  WRITE 5 fe:00:77 0 EOF\n\
                      2: POSIX  ADVISORY  WRITE 6 fe:00:77 0 EOF\n3: FLOCK  ADVISORY  WRITE 813 fe:0c:77 0 EOF\n";
-        let device = rustix::fs::makedev(0xfe, 0);
-        assert_eq!(holder(table, device, 1234), Pid::from_raw(812));
-        assert_eq!(holder(table, device, 77), None);
-        assert_eq!(holder(table, rustix::fs::makedev(0xfe, 12), 77), Pid::from_raw(813));
+        assert_eq!(holders(table, 1234), [Pid::from_raw(812).unwrap()]);
+        assert_eq!(holders(table, 77), [Pid::from_raw(813).unwrap()]);
 
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("lock");
+        let path = dir.path().canonicalize().unwrap().join("lock");
         let _lock = try_lock(&path).unwrap();
-        let data = fs::metadata(&path).unwrap();
+        let own = rustix::process::getpid();
         let table = fs::read_to_string("/proc/locks").unwrap();
-        assert_eq!(holder(&table, data.dev(), data.ino()), Some(rustix::process::getpid()));
+        assert!(holders(&table, fs::metadata(&path).unwrap().ino()).contains(&own));
+        assert!(has_open(own, &path) && !has_open(own, &path.with_file_name("other")));
+
+        let other = dir.path().join("other");
+        let mut holder = std::process::Command::new("flock");
+        let mut holder =
+            holder.args(["--no-fork".as_ref(), other.as_os_str()]).args(["sleep", "1000"]).spawn().unwrap();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while !is_held(&other) {
+            assert!(std::time::Instant::now() < end, "nobody has locked it");
+            std::thread::yield_now();
+        }
+        end_holder(&other).unwrap();
+        let ended = crate::child::wait(&mut holder, std::time::Duration::from_secs(30)).unwrap();
+        drop(holder.kill());
+        assert!(ended.is_some_and(|status| !status.success()) && !is_held(&other), "{ended:?}");
     }
 
     #[test]

@@ -239,10 +239,33 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
         let said = lab.fails(1, &["host", "start", "--avx2"]);
         assert!(said.contains("runs without AVX2: `lab host stop`"), "{said}");
     }
+    // Its own name is its address in the lab, any user may ping, and nobody sets its name once more.
+    let (status, said) = lab.shell(
+        "a",
+        "getent ahosts a | awk '{ print $1 }' | sort -u; su -s /bin/sh nobody -c 'ping -c 1 -W 20 a' >/dev/null && \
+         echo pings; systemctl show systemd-hostnamed -P ExecMainStartTimestampMonotonic",
+        b"",
+    );
+    let address = lab.status()["nodes"][0]["ip"].as_str().unwrap().to_owned();
+    assert_eq!(said, format!("{address}\npings\n0\n"), "{status:?}");
     // DNS and TCP to the outside.
     let fetch =
         "curl -s -m 60 -o /dev/null -w '%{http_code}' http://deb.debian.org/debian/dists/trixie/Release";
     assert_eq!(lab.shell("a", fetch, b""), (Some(0), "200".into()));
+    // Commands wait for a node that reboots.
+    let boot_id = || lab.shell("a", "cat /proc/sys/kernel/random/boot_id", b"");
+    let (_, before) = boot_id();
+    lab.shell("a", "systemctl reboot", b"");
+    let mut waiting = Waiting::new("the node's reboot", std::time::Duration::from_secs(240));
+    loop {
+        let (status, after) = boot_id();
+        if after != before && status == Some(0) {
+            break;
+        }
+        // Until it has gone down, the old boot may answer, or be cut off.
+        assert!(!waiting.is_over(&after), "{status:?} {after}");
+    }
+    lab.run(&["up"]);
     // What was left running outlives the connection that it was started from, which a restore cuts off.
     assert_eq!(lab.shell("a", "nohup sleep 12345 >/dev/null 2>&1 &", b"").0, Some(0));
     lab.run(&["snapshot", "save", "with-it"]);

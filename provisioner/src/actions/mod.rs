@@ -21,7 +21,7 @@ pub use hand_over::kept as given_file;
 pub use image::{Image, folder as image_folder};
 pub use layer::{Layer, of_node as layer_keys};
 pub use network::Network;
-pub use ready::Ready;
+pub use ready::{Ready, is_ready, is_ready_by};
 pub use script::Script;
 pub use steps::{VERSION_OPTION, bundle_files, environment, find_bundle, take_leave};
 

@@ -8,7 +8,11 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{Action, Error, hand_over, hand_over::Hands, ready::Ready};
+use super::{
+    Action, Error, hand_over,
+    hand_over::Hands,
+    ready::{Ready, is_ready},
+};
 use crate::{
     channel, child::Outcome, enclosed, files::hex, json_file, lab::Lab, labfile::topology::Node,
     progress::Task, state::StepRecords,
@@ -176,12 +180,25 @@ impl Action for Script {
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
         let channel = lab.channel(&self.node.name);
         let mut runs = RUNS;
+        // The step before this one, or somebody in the node, may have had it reboot.
+        if !is_ready(lab, &self.node.name) {
+            Ready { node: self.node.clone() }.run(lab, task)?;
+        }
         loop {
             let (before, since) = (channel.uptime(), Instant::now());
-            let Err(error) = self.run_once(lab, task) else { break };
+            let Err(mut error) = self.run_once(lab, task) else { break };
             runs -= 1;
             let lost = matches!(error, Error::Step { lost: true, .. } | Error::HandOver { lost: true, .. });
-            if runs == 0 || !lost || !channel.restarts(before, since, lab.limit(DOWN_LIMIT_S)) {
+            if !lost || !channel.restarts(before, since, lab.limit(DOWN_LIMIT_S)) {
+                return Err(error);
+            }
+            if runs == 0 {
+                if let Error::Step { reason, .. } = &mut error {
+                    *reason = format!(
+                        "{reason}: the node restarted under it {RUNS} times. A step that reboots its node is run again \
+                         after that, until it ends by itself: let it leave a file before, and do no more once that is there"
+                    );
+                }
                 return Err(error);
             }
             task.warn(&format!("the node restarted while {} ran: it is run again", self.name));

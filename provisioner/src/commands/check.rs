@@ -52,7 +52,7 @@ pub fn run(context: &Context, only: Option<&str>, junit: bool) -> Result<ExitCod
 fn run_one(lab: &Lab, check: &Check) -> Result<Vec<CheckResult>, Error> {
     let nodes = lab.targets(&check.on);
     for node in &nodes {
-        ssh::running(lab, &node.name)?;
+        ssh::reachable(lab, &node.name)?;
     }
     let limit = lab.limit(LIMIT_S);
     let results: Vec<Result<CheckResult, Error>> = std::thread::scope(|scope| {

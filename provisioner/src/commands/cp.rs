@@ -40,7 +40,7 @@ fn side(text: &str) -> Side {
 }
 
 fn upload(lab: &Lab, from: &Path, node: &str, to: &str) -> Result<(), Error> {
-    ssh::running(lab, node)?;
+    ssh::reachable(lab, node)?;
     let full = from
         .canonicalize()
         .map_err(|source| Error::Io { action: format!("read {}", from.display()), source })?;
@@ -56,7 +56,7 @@ fn upload(lab: &Lab, from: &Path, node: &str, to: &str) -> Result<(), Error> {
 }
 
 fn download(lab: &Lab, node: &str, from: &str, to: &Path) -> Result<(), Error> {
-    ssh::running(lab, node)?;
+    ssh::reachable(lab, node)?;
     let name = Path::new(from).file_name().map(|name| name.to_string_lossy().into_owned());
     let name = name.ok_or_else(|| Error::Other(format!("{node}:{from} has no name to copy it by")))?;
     let parent = Path::new(from).parent().filter(|dir| !dir.as_os_str().is_empty());

@@ -26,7 +26,7 @@ pub fn run(context: &Context, nodes: &[String], step: Option<&str>) -> Result<Ex
         return Err(Error::Other(format!("there is no step `{step}`: the steps are {}", steps.join(", "))));
     }
     for node in &chosen {
-        ssh::running(&lab, &node.name)?;
+        ssh::reachable(&lab, &node.name)?;
     }
     for node in chosen {
         let file = lab.dirs.node(&node.name).join("steps.json");

@@ -8,7 +8,13 @@ use std::{
 };
 
 use super::{Context, Error, write_out};
-use crate::{channel, channel::Channel, lab::Lab, state};
+use crate::{
+    actions::{self, Action, Ready},
+    channel,
+    channel::Channel,
+    lab::Lab,
+    state,
+};
 
 /// Opens a terminal in a node, or runs a command there with one.
 pub fn ssh(context: &Context, node: Option<&str>, command: &[String]) -> Result<ExitCode, Error> {
@@ -60,7 +66,7 @@ pub fn proxy(context: &Context, lab: &str, node: &str) -> Result<ExitCode, Error
 /// An `ssh` command into a node that is running.
 fn into(lab: &Lab, node: Option<&str>) -> Result<Command, Error> {
     let node = name_or_first(lab, node)?;
-    running(lab, &node)?;
+    reachable(lab, &node)?;
     Ok(lab.channel(&node).ssh())
 }
 
@@ -71,6 +77,22 @@ pub fn running(lab: &Lab, node: &str) -> Result<(), Error> {
         state::NodeState::Running => Ok(()),
         other => Err(Error::Other(format!("{node} is {other}: `lab up` starts it"))),
     }
+}
+
+/// Waits until a node runs commands, if it boots: for the first time, or once more by itself.
+pub fn reachable(lab: &Lab, node: &str) -> Result<(), Error> {
+    running(lab, node)?;
+    if actions::is_ready(lab, node) {
+        return Ok(());
+    }
+    let ready = Ready { node: lab.node(node)?.clone() };
+    let task = lab.progress.begin(node, &ready.describe());
+    let waited = ready.run(lab, &task);
+    match waited {
+        Ok(()) => task.done(),
+        Err(_) => task.failed(),
+    }
+    Ok(waited?)
 }
 
 /// The node of this name, or the lab's first.

@@ -76,7 +76,7 @@ pub fn print(context: &Context, lab: &Lab) -> Result<(), Error> {
             name: node.name.clone(),
             role: node.role.clone(),
             state,
-            ready: running && actions::ready_marker(lab, &node.name).exists(),
+            ready: status.as_ref().is_some_and(|status| actions::is_ready_by(lab, &node.name, status)),
             ip: node.ip,
             image: node.image.clone(),
             // What runs, which may be older than what the labfile says.
