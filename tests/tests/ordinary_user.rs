@@ -69,6 +69,10 @@ fn a_lab_of_an_ordinary_user() {
         eprintln!("SKIPPED: an ordinary user's lab: this user is one already, in all tests");
         return;
     }
+    if !Command::new("unshare").args(["--mount", "true"]).status().is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: an ordinary user's lab: this root may not have a mount namespace");
+        return;
+    }
     let home = OtherHome::new();
     let folder = home.path();
     let own = |path: &Path| chown(path, Some(USER), Some(USER)).unwrap();
