@@ -19,8 +19,7 @@ pub fn client(files: &Files, state: &State, terminal: bool) -> Result<Command, E
     command
         .args(["-F", "none", "-e", "none", if terminal { "-tt" } else { "-T" }, "-p"])
         .arg(state.ssh_port.to_string())
-        .arg("-i")
-        .arg(files.key())
+        .arg(option("IdentityFile", &path(files.key())))
         .arg(option("UserKnownHostsFile", &path(files.known_hosts())))
         .arg(option("GlobalKnownHostsFile", &"none"))
         .arg(option("HostKeyAlias", &keys::HOST_ALIAS))
@@ -86,6 +85,20 @@ mod tests {
         script.push(quoted(word.as_ref()));
         let output = Command::new("sh").arg("-c").arg(script).output().unwrap();
         assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
+    }
+
+    #[test]
+    fn a_home_of_any_name_is_one_to_ssh() {
+        let home = PathBuf::from("/a home of %d, too");
+        let files = Files { dir: home.join("host"), sockets: "/run/x".into(), home };
+        let state = State { v: 1, pid: 1, ssh_port: 1, cpus: 1, memory_mib: 1, by_hand: false };
+        let mut ssh = client(&files, &state, false).unwrap();
+        let output = ssh.arg("-G").output().unwrap();
+        let said = String::from_utf8(output.stdout).unwrap().replace("%%", "%");
+        for option in ["identityfile", "userknownhostsfile"] {
+            let line = said.lines().find(|line| line.starts_with(option)).unwrap();
+            assert!(line.contains("/a home of %d, too/host/"), "{line}");
+        }
     }
 
     #[test]
