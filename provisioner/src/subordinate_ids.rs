@@ -3,6 +3,9 @@
 
 use std::process::Command;
 
+/// Ids that a whole system takes: as many users and groups as Debian's packages may make.
+pub const COUNT: u32 = 65536;
+
 /// What this user is called in those files: by name or by number. The name is not taken from the environment, where a
 /// job of cron's or of a CI system has none.
 pub fn names() -> Vec<String> {
@@ -11,12 +14,12 @@ pub fn names() -> Vec<String> {
     vec![login, rustix::process::getuid().as_raw().to_string()]
 }
 
-/// The first id of a range of at least `count` of them that `table` gives to one of `names`.
-pub fn first(table: &str, names: &[String], count: u32) -> Option<u32> {
+/// The first id of a range of at least [`COUNT`] of them that `table` gives to one of `names`.
+pub fn first(table: &str, names: &[String]) -> Option<u32> {
     table.lines().find_map(|line| {
         let mut fields = line.split(':');
         let (name, first, length) = (fields.next()?, fields.next()?, fields.next()?);
-        let enough = length.trim().parse::<u32>().ok()? >= count;
+        let enough = length.trim().parse::<u32>().ok()? >= COUNT;
         (enough && !name.is_empty() && names.iter().any(|own| own == name)).then(|| first.parse().ok())?
     })
 }
@@ -28,11 +31,11 @@ mod tests {
     #[test]
     fn ranges_are_found_by_name_or_number() {
         let table = "other:100000:65536\n4711:200000:1000\n4711:300000:65536\nme:400000:65536\n";
-        let first = |name: &str| first(table, &[String::new(), name.into()], 65536);
+        let first = |name: &str| first(table, &[String::new(), name.into()]);
         assert_eq!(first("4711"), Some(300_000));
         assert_eq!(first("me"), Some(400_000));
         assert_eq!(first("4712"), None);
-        assert_eq!(super::first("4711:x:65536\nnonsense", &["4711".into()], 65536), None);
+        assert_eq!(super::first("4711:x:65536\nnonsense", &["4711".into()]), None);
     }
 
     #[test]

@@ -21,11 +21,12 @@ use rustix::{
 };
 
 use super::{BEGINS, Error, INSIDE, InsidePlan, InsideStep, MADE, failed};
-use crate::{child, memory, subordinate_ids};
+use crate::{
+    child, memory,
+    subordinate_ids::{self, COUNT},
+};
 
-/// Users and groups of the namespaces: as many as Debian's packages may make.
-const IDS: u32 = 65536;
-/// The first of them outside, where root has none in /etc/subuid: what useradd(8) gives to the first user.
+/// The first id of the namespaces outside, where root has none in /etc/subuid: what useradd(8) gives to the first user.
 const FIRST_ID: u32 = 100_000;
 /// Memory that has to be free, in MiB: two thirds of it are for the files.
 const LEAST_MEMORY_MIB: u64 = 3072;
@@ -208,15 +209,15 @@ fn map(pid: u32) -> io::Result<()> {
         ("uid_map", "/etc/subuid", "newuidmap", user.as_raw()),
         ("gid_map", "/etc/subgid", "newgidmap", group.as_raw()),
     ] {
-        let range = subordinate_ids::first(&fs::read_to_string(name).unwrap_or_default(), &names, IDS);
+        let range = subordinate_ids::first(&fs::read_to_string(name).unwrap_or_default(), &names);
         if user.is_root() {
             let first = range.unwrap_or(FIRST_ID);
-            fs::write(format!("/proc/{pid}/{file}"), format!("0 {first} {IDS}\n"))?;
+            fs::write(format!("/proc/{pid}/{file}"), format!("0 {first} {COUNT}\n"))?;
             continue;
         }
         let first =
-            range.ok_or_else(|| io::Error::other(format!("{name} gives this user no {IDS} numbers")))?;
-        let map = format!("{pid} 0 {own} 1 1 {first} {}", IDS - 1);
+            range.ok_or_else(|| io::Error::other(format!("{name} gives this user no {COUNT} numbers")))?;
+        let map = format!("{pid} 0 {own} 1 1 {first} {}", COUNT - 1);
         let output = Command::new(program).args(map.split(' ')).output()?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr).trim().to_owned();

@@ -15,15 +15,12 @@ use super::{
 use crate::{
     memory::{self, Available},
     paths::Paths,
-    subordinate_ids,
+    subordinate_ids::{self, COUNT},
 };
 
 const INSTALL: &str = "run scripts/install-dependencies";
 /// Free disk space below which a lab has no room, and below which it is tight, in MiB: an image and a few nodes.
 const DISK_MIB: [u64; 2] = [2 << 10, 10 << 10];
-
-/// Ids that building an image takes.
-const SUBORDINATE_IDS: u32 = 65536;
 
 /// How good a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -305,15 +302,15 @@ fn namespaces(rights: &Rights) -> Finding {
     }
     let user = rights.names.first().map_or("", String::as_str);
     for (file, table) in ["/etc/subuid", "/etc/subgid"].iter().zip(&rights.tables) {
-        if subordinate_ids::first(table, &rights.names, SUBORDINATE_IDS).is_none() {
-            let found = format!("{file} gives {user} no {SUBORDINATE_IDS} ids: this user builds no image");
+        if subordinate_ids::first(table, &rights.names).is_none() {
+            let found = format!("{file} gives {user} no {COUNT} ids: this user builds no image");
             let next = format!(
-                "echo {user}:100000:{SUBORDINATE_IDS} | sudo tee -a {file} (another first number where others have these)"
+                "echo {user}:100000:{COUNT} | sudo tee -a {file} (another first number where others have these)"
             );
             return problem(found, next);
         }
     }
-    finding(ABOUT, Grade::Ok, format!("{user} may have them, with {SUBORDINATE_IDS} ids"), None)
+    finding(ABOUT, Grade::Ok, format!("{user} may have them, with {COUNT} ids"), None)
 }
 
 fn memory(available: Option<Available>, local: bool) -> Finding {

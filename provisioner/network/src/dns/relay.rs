@@ -108,7 +108,7 @@ impl Relay {
             self.queries.iter().filter(|(_, query)| query.deadline <= lan.now).map(|(id, _)| *id).collect();
         for id in due {
             if let Some(resolver) = self.queries.get(&id).and_then(Query::asked) {
-                resolvers.is_silent(resolver, lan.now);
+                resolvers.has_not_answered(resolver, lan.now);
             }
             self.next_try(id, lan);
         }

@@ -50,7 +50,7 @@ impl Resolvers {
     }
 
     /// A resolver has not answered in time.
-    pub fn is_silent(&mut self, resolver: SocketAddr, now: Instant) {
+    pub fn has_not_answered(&mut self, resolver: SocketAddr, now: Instant) {
         if self.list.contains(&resolver) {
             self.silent.insert(resolver, now + SILENCE);
         }
@@ -124,11 +124,11 @@ mod tests {
         let [one, two] = ["192.0.2.1:53", "192.0.2.2:53"].map(|text| text.parse::<SocketAddr>().unwrap());
         let now = Instant::now();
         assert_eq!(resolvers.list(now), [one, two]);
-        resolvers.is_silent(one, now);
+        resolvers.has_not_answered(one, now);
         assert_eq!(resolvers.list(now), [two, one]);
         resolvers.has_answered(one);
         assert_eq!(resolvers.list(now), [one, two]);
-        resolvers.is_silent(one, now);
+        resolvers.has_not_answered(one, now);
         assert_eq!(resolvers.list(now + SILENCE), [one, two]);
     }
 }

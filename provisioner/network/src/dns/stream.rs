@@ -100,7 +100,7 @@ impl Session {
                     }
                     other => {
                         if other == Err(Errno::TIMEDOUT) {
-                            resolvers.is_silent(upstream.resolver, lan.now);
+                            resolvers.has_not_answered(upstream.resolver, lan.now);
                         }
                         self.refusal = other.ok().flatten().or(self.refusal.take());
                         let (query, tries) = (std::mem::take(&mut upstream.query), upstream.tries);
