@@ -1,6 +1,7 @@
 //! `lab init`, `lab validate`, `lab schema`: working on the labfile.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, OpenOptions},
     io::Write,
     os::unix::fs::OpenOptionsExt,
@@ -8,8 +9,10 @@ use std::{
     process::ExitCode,
 };
 
+use lab_images::{definition::Definition, store::Store};
+
 use super::{Context, Error, table, write_out};
-use crate::labfile::{self, templates};
+use crate::labfile::{self, spell::advice, templates, topology::Topology};
 
 /// Writes a labfile here, from an example.
 pub fn init(context: &Context, from: &str, list: bool) -> Result<ExitCode, Error> {
@@ -58,10 +61,35 @@ fn write_new(path: &Path, bytes: &[u8], executable: bool) -> std::io::Result<()>
 pub fn validate(context: &Context) -> Result<ExitCode, Error> {
     let path = context.labfile()?;
     let topology = labfile::load(&path)?;
+    for line in unknown_images(&topology, &Store::open(&context.paths.images())) {
+        context.progress.warn(&line);
+    }
     context.print(&topology, |topology| {
         format!("{} is right: the lab `{}`, {} nodes", path.display(), topology.name, topology.nodes.len())
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A line for each image that the topology names, and that is neither in the store nor one that lab can build.
+fn unknown_images(topology: &Topology, store: &Store) -> Vec<String> {
+    let listed = store.list().unwrap_or_default();
+    let listed = listed.iter().map(|(name, _)| name.as_str());
+    let known: BTreeSet<&str> = Definition::builtin_names().into_iter().chain(listed).collect();
+    let known: Vec<&str> = known.into_iter().collect();
+    let named: BTreeSet<&str> = topology.nodes.iter().map(|node| node.image.as_str()).collect();
+    named
+        .into_iter()
+        .filter(|name| !known.contains(name))
+        .map(|name| {
+            let nodes = topology.nodes.iter().filter(|node| node.image == name);
+            let nodes: Vec<&str> = nodes.map(|node| node.name.as_str()).collect();
+            format!(
+                "there is no image `{name}` ({}): {}; `lab image import` and `lab image build FILE` make others",
+                nodes.join(", "),
+                advice(name, &known, "there are")
+            )
+        })
+        .collect()
 }
 
 /// Prints the labfile's JSON Schema.
@@ -69,4 +97,24 @@ pub fn schema() -> Result<ExitCode, Error> {
     let text = serde_json::to_string_pretty(&labfile::schema());
     write_out(&text.map_err(|e| Error::Io { action: "print the schema".into(), source: e.into() })?)?;
     Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_nobody_has_is_told_with_its_nodes() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "name = \"x\"\n[node.a]\nimage = \"debain-13\"\n[node.b]\nimage = \"mine\"\n[node.c]\n";
+        let topology = labfile::parse(text, Path::new("lab.toml"), dir.path().join("lab.toml")).unwrap();
+        let store = Store::open(&dir.path().join("images"));
+        let lines = unknown_images(&topology, &store);
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].contains("`debain-13` (a): did you mean `debian-13`?"), "{}", lines[0]);
+        assert!(lines[1].contains("`mine` (b): there are: `debian-13`, `tiny`"), "{}", lines[1]);
+        // Also a damaged one is there: `up` tells what is wrong with it.
+        std::fs::create_dir_all(dir.path().join("images/mine")).unwrap();
+        assert_eq!(unknown_images(&topology, &store).len(), 1);
+    }
 }

@@ -2,11 +2,12 @@
 //!
 //! - `file`: the types of the file as written; `schema`: the JSON Schema made from them
 //! - `shape`: structure against that schema; `diagnostic`, `report`, `spell`: how errors are told
-//! - `network`, `nodes`, `forward`, `size`, `names`, `mac`, `scripts`, `stacks`: what each part means
+//! - `addresses`, `network`, `nodes`, `forward`, `size`, `names`, `mac`, `scripts`, `stacks`: what each part means
 //! - `templates`: the example labfiles inside the binary
 //!
 //! What a stack consists of is in [`crate::stack`]; what is done about a topology is not here.
 
+mod addresses;
 pub mod diagnostic;
 mod file;
 mod forward;
@@ -87,6 +88,9 @@ fn topology(text: &str, labfile: PathBuf, report: &mut Report<'_>) -> Option<Top
     let network = network::resolve(&file.network, report);
     let nodes = nodes::resolve(&file, name.as_deref(), network.as_ref(), report);
     let stacks = stacks::resolve(&file.stack, &folder, report);
+    if let Some(network) = &network {
+        addresses::check(&file, &folder, network, &nodes, report);
+    }
     let places = scripts::Places::of(&nodes);
     let steps = scripts::steps(&file.step, &places, &folder, report);
     let checks = scripts::checks(&file.check, &places, &folder, report);

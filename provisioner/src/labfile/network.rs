@@ -39,7 +39,8 @@ pub fn resolve(table: &NetworkTable, report: &mut Report<'_>) -> Option<Network>
     Some(network)
 }
 
-fn subnet(text: &str) -> Result<Network, (String, String)> {
+/// The subnet that a text is, else what is wrong and what would be right.
+pub fn subnet(text: &str) -> Result<Network, (String, String)> {
     let shown = visible(text);
     let general = "write an IPv4 network and its prefix's length, such as \"192.168.1.0/24\"".to_owned();
     let Some((address, prefix)) = text.split_once('/') else {

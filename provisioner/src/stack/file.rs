@@ -24,6 +24,9 @@ pub struct File {
     /// What is done, in this order.
     #[serde(default)]
     pub step: Vec<At<StepTable>>,
+    /// Networks of its own, which the lab's and those of other stacks must not overlap.
+    #[serde(default)]
+    pub subnet: Vec<At<SubnetTable>>,
     /// Ports that it serves.
     #[serde(default)]
     pub port: Vec<At<PortTable>>,
@@ -76,6 +79,33 @@ pub struct OptionTable {
     /// Whether the labfile names a text file, relative to its folder, that scripts are given the text of.
     #[schemars(extend("examples" = [true]), extend("default" = false))]
     pub file: Option<At<bool>>,
+    /// That the value is addresses: `own`, a network of the stack's; `lab`, networks and ranges (`FROM-TO`) of the lab's network,
+    /// separated by commas, that no node has.
+    #[schemars(extend("examples" = ["own"]))]
+    pub addresses: Option<At<Addresses>>,
+}
+
+/// What addresses an option gives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+#[schemars(inline)]
+pub enum Addresses {
+    /// A network of the stack's own.
+    Own,
+    /// Some of the lab's network.
+    Lab,
+}
+
+/// A network of a stack's own.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SubnetTable {
+    /// The network.
+    #[schemars(required, extend("examples" = ["10.96.0.0/16"]))]
+    pub subnet: Option<At<String>>,
+    /// What has addresses there.
+    #[schemars(required, extend("examples" = ["the services' addresses"]))]
+    pub description: Option<At<String>>,
 }
 
 /// A step.

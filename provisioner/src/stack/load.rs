@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    Kind, OptionDef, PortDef, SecretDef, Source, StackDef, StepDef,
+    Kind, OptionDef, PortDef, SecretDef, Source, StackDef, StepDef, SubnetDef,
     file::{File, StepTable},
 };
 use crate::enclosed::Enclosed;
@@ -115,9 +115,25 @@ fn checked(
         Some(PortDef { port: *port.port.as_ref()?.get(), on, description: text(port.description.as_ref()) })
     });
     let ports = ports.collect();
+    let subnets = file.subnet.iter().map(At::get).map(|table| SubnetDef {
+        subnet: text(table.subnet.as_ref()),
+        description: text(table.description.as_ref()),
+    });
+    let subnets = subnets.collect();
     let secrets = secrets(file, &steps, report);
     let description = text(file.description.as_ref());
-    StackDef { name: name.to_owned(), folder, description, sources, roles, options, steps, ports, secrets }
+    StackDef {
+        name: name.to_owned(),
+        folder,
+        description,
+        sources,
+        roles,
+        options,
+        steps,
+        subnets,
+        ports,
+        secrets,
+    }
 }
 
 /// What a source stands for: plain ones, at least two.
@@ -165,6 +181,7 @@ fn options(file: &File, sources: &[Source], report: &mut Report<'_>) -> Vec<Opti
             values: list(&option.values),
             like: option.like.as_ref().map(|like| like.get().clone()),
             file: option.file.as_ref().is_some_and(|file| *file.get()),
+            addresses: option.addresses.as_ref().map(|addresses| *addresses.get()),
         };
         if let Some(default) = option.default.as_ref().filter(|default| !definition.allows(default.get())) {
             let (message, help) = match definition.values.as_slice() {

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use file::Kind;
+pub use file::{Addresses, Kind};
 use serde::Serialize;
 
 /// What is wrong with a stack: told like a labfile's errors.
@@ -41,6 +41,8 @@ pub struct StackDef {
     pub options: Vec<OptionDef>,
     /// What is done, in this order on each node: first what is baked, then what is run.
     pub steps: Vec<StepDef>,
+    /// Networks of its own, apart from those that options give.
+    pub subnets: Vec<SubnetDef>,
     /// Ports that it serves.
     pub ports: Vec<PortDef>,
     /// What its steps give and people want to know.
@@ -77,6 +79,8 @@ pub struct OptionDef {
     pub like: Option<String>,
     /// Whether the labfile gives the path of a text file, whose text is the value.
     pub file: bool,
+    /// What addresses the value is, if it is some.
+    pub addresses: Option<Addresses>,
 }
 
 impl OptionDef {
@@ -136,6 +140,15 @@ pub struct StepDef {
     pub gives: Vec<String>,
     /// Files that earlier steps gave, which it finds in its folder.
     pub takes: Vec<String>,
+}
+
+/// A network of a stack's own.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SubnetDef {
+    /// The network, as `ADDRESS/LENGTH`.
+    pub subnet: String,
+    /// What has addresses there.
+    pub description: String,
 }
 
 /// A port that a stack serves.
