@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{Ipv4Addr, Shutdown},
+    net::Ipv4Addr,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -11,7 +11,7 @@ use std::{
 
 use lab_images::manifest::SshTransport;
 
-use crate::{child, clock, control, json_file, paths::LabPaths};
+use crate::{child, clock, control, json_file, paths::LabPaths, proxy};
 
 /// Port of the SSH server in every node.
 const SSH_PORT: u16 = 22;
@@ -168,6 +168,15 @@ impl Channel {
             ]);
         }
         options
+    }
+
+    /// These options as a block of a file that OpenSSH reads (ssh_config(5)), for the names NODE and NODE.LAB.
+    pub fn config(&self, program: &Path, shared: bool) -> String {
+        let mut text = format!("Host {0} {0}.{1}\n", self.node, self.lab);
+        for (key, value) in self.options(program, shared) {
+            text.push_str(&format!("  {key} {value}\n"));
+        }
+        text
     }
 
     /// An `ssh` command into the node, to which arguments can be added.
@@ -365,15 +374,15 @@ impl Channel {
 
     /// Connects standard input and output with the node's SSH server: what `ProxyCommand` runs.
     pub fn proxy(&self, transport: SshTransport, ip: Ipv4Addr) -> Result<(), Error> {
-        let unreachable = |reason: String| Error::Unreachable { node: self.node.clone(), reason };
-        let stream = match transport {
+        proxy::run(|| match transport {
             SshTransport::Vsock => {
-                self.connect_vsock(SSH_PORT.into()).map_err(|error| unreachable(format!("vsock: {error}")))?
+                self.connect_vsock(SSH_PORT.into()).map_err(|error| format!("vsock: {error}"))
             }
-            SshTransport::Tcp => control::dial(&self.paths.net_control(), ip, SSH_PORT)
-                .map_err(|error| unreachable(error.to_string()))?,
-        };
-        splice(&stream).map_err(|error| unreachable(error.to_string()))
+            SshTransport::Tcp => {
+                control::dial(&self.paths.net_control(), ip, SSH_PORT).map_err(|error| error.to_string())
+            }
+        })
+        .map_err(|reason| Error::Unreachable { node: self.node.clone(), reason })
     }
 }
 
@@ -385,31 +394,6 @@ pub fn goes_down(status: &lab_vmm::control::Status) -> bool {
 /// The file with a node's host key, which lab gave it: the only one that is trusted.
 pub fn known_hosts(paths: &LabPaths, node: &str) -> PathBuf {
     paths.node(node).join("known_hosts")
-}
-
-fn splice(stream: &UnixStream) -> io::Result<()> {
-    let mut up = stream.try_clone()?;
-    std::thread::spawn(move || {
-        let copied = copy_unbuffered(&mut io::stdin().lock(), &mut up);
-        drop(copied.and_then(|()| up.shutdown(Shutdown::Write)));
-    });
-    // The far end decides when it is over.
-    copy_unbuffered(&mut &*stream, &mut io::stdout().lock())
-}
-
-fn copy_unbuffered(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => {
-                to.write_all(buffer.get(..count).unwrap_or_default())?;
-                to.flush()?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
 }
 
 /// Quotes a word for a POSIX shell.

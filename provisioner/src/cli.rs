@@ -100,10 +100,11 @@ pub enum Command {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
-    /// Copy a file or folder into or out of a node (NODE:PATH)
+    /// Copy files and folders into, out of or between nodes (NODE:PATH)
     Cp {
         /// From where
-        from: String,
+        #[arg(required = true)]
+        from: Vec<String>,
         /// To where
         to: String,
     },

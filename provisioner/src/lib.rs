@@ -34,6 +34,7 @@ pub mod memory;
 pub mod paths;
 pub mod plan;
 pub mod progress;
+pub mod proxy;
 pub mod say;
 pub mod size;
 pub mod snapshot;

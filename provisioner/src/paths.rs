@@ -184,6 +184,11 @@ impl LabPaths {
         self.dir.join("ssh").join("id_ed25519")
     }
 
+    /// How OpenSSH's tools get into the nodes that a command names (ssh_config(5)).
+    pub fn ssh_config(&self) -> PathBuf {
+        self.dir.join("ssh").join("config")
+    }
+
     /// What steps of stacks give each other.
     pub fn secrets(&self) -> PathBuf {
         self.dir.join(SECRETS)

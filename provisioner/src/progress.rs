@@ -44,6 +44,11 @@ impl Progress {
         Self { way }
     }
 
+    /// Whether nothing but failures is to be told.
+    pub fn is_quiet(&self) -> bool {
+        matches!(self.way, Way::Quiet)
+    }
+
     /// A line that stays.
     pub fn say(&self, line: &str) {
         match &self.way {

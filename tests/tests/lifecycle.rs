@@ -114,6 +114,22 @@ fn a_lab_s_life() {
     ssh.arg("-F").arg(lab.dir().join("config")).args(["worker1", "hostname"]).env_remove("LAB_HOME");
     let output = lab_tests::output(ssh, b"");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "worker1\n", "{}", lab_tests::text(&output));
+    // So do more at once than the node's SSH server takes; and sftp.
+    let config = lab.dir().join("config");
+    let at_once: Vec<_> = (0..12)
+        .map(|_| {
+            let mut ssh = std::process::Command::new("ssh");
+            ssh.arg("-F").arg(&config).args(["worker1", "true"]).env_remove("LAB_HOME");
+            ssh.stdin(std::process::Stdio::null()).spawn().unwrap()
+        })
+        .collect();
+    for mut ssh in at_once {
+        assert!(ssh.wait().unwrap().success());
+    }
+    let mut sftp = std::process::Command::new("sftp");
+    sftp.args(["-b", "-", "-F"]).arg(&config).arg("worker1").env_remove("LAB_HOME");
+    let output = lab_tests::output(sftp, b"get /etc/passwd /dev/null\n");
+    assert!(output.status.success(), "{}", lab_tests::text(&output));
 
     // Nobody listens for others than this machine's own.
     let listeners = lab_tests::listeners();
@@ -125,6 +141,22 @@ fn a_lab_s_life() {
     lab.run(&["cp", "in", "master:/srv/copy"]);
     lab.run(&["cp", "master:/srv/copy/blob", "out"]);
     assert_eq!(std::fs::read(lab.dir().join("out")).unwrap(), blob);
+
+    // As by scp: the home folder, what links lead to on both sides, wildcards of the node, from node to node.
+    lab.shell("master", "mkdir /tmp/cp; ln -s /tmp/cp/behind /tmp/cp/link; echo old >/tmp/cp/behind", b"");
+    lab.run(&["cp", "in/blob", "master:~/blob"]);
+    lab.run(&["cp", "lab.toml", "master:/tmp/cp/link"]);
+    let (_, said) =
+        lab.shell("master", "readlink /tmp/cp/link; cat /tmp/cp/link; sha256sum blob | cut -c1-64", b"");
+    let labfile = std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap();
+    assert_eq!(said.trim(), format!("/tmp/cp/behind\n{}\n{}", labfile.trim(), sum.trim()));
+    lab.run(&["cp", "master:/tmp/cp/l*", "in/"]);
+    assert!(std::fs::symlink_metadata(lab.dir().join("in/link")).unwrap().is_file());
+    lab.run(&["cp", "master:/tmp/cp/link", "in/blob", "worker1:/tmp/"]);
+    assert_eq!(lab.shell("worker1", "cat /tmp/link", b"").1.trim(), labfile.trim());
+    let refused = lab_tests::output(lab.command(&["cp", "in/blob", "master:/not/there/"]), b"");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(lab_tests::text(&refused).contains("/not/there/"), "{}", lab_tests::text(&refused));
 
     // A second up changes nothing.
     let plan: serde_json::Value = serde_json::from_str(&lab.run(&["plan", "-o", "json"])).unwrap();

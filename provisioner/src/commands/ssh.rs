@@ -44,10 +44,7 @@ pub fn config(context: &Context) -> Result<ExitCode, Error> {
     let program = std::env::current_exe().unwrap_or_else(|_| "lab".into());
     let mut text = String::new();
     for node in &lab.topology.nodes {
-        text.push_str(&format!("Host {0} {0}.{1}\n", node.name, lab.topology.name));
-        for (key, value) in lab.channel(&node.name).options(&program, false) {
-            text.push_str(&format!("  {key} {value}\n"));
-        }
+        text.push_str(&lab.channel(&node.name).config(&program, false));
     }
     write_out(text.trim_end())?;
     Ok(ExitCode::SUCCESS)
