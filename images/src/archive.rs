@@ -14,8 +14,8 @@ use crate::command;
 /// Where Debian's keys are expected.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// Downloads each package named on the command line into /debs. A kernel's metapackage (linux-image-cloud-amd64)
-/// stands for the one that it depends on.
+/// Downloads each package named on the command line into /debs, a kernel's (linux-image-cloud-amd64) with those that it
+/// consists of.
 const DOWNLOAD: &str = include_str!("download.sh");
 
 /// Why a package could not be had.
@@ -32,6 +32,18 @@ pub enum Error {
         "the installed Debian keys do not know the suite {0}; update them: apt update && apt install debian-archive-keyring"
     )]
     OldKeyring(String),
+    /// Lists of packages that are not valid at this machine's date.
+    #[error(
+        "the archive's lists of the suite {suite} are not valid today: {reason}\nIs this machine's date right ({today})? If it is, the mirror has stood still: take another, or wait"
+    )]
+    NotValidToday {
+        /// The suite.
+        suite: String,
+        /// What apt said.
+        reason: String,
+        /// This machine's date.
+        today: String,
+    },
     /// A name that cannot be a package's or a suite's.
     #[error("{0:?} is not a name of a Debian package or suite")]
     BadName(String),
@@ -81,7 +93,8 @@ impl Deb {
     }
 }
 
-/// Download packages of a suite (`trixie`) into the existing folder `dest`, in the order of `packages`.
+/// Download packages of a suite (`trixie`) into the existing folder `dest`, in the order of `packages`. In the place of a
+/// kernel's are all that it consists of.
 pub fn download(suite: &str, packages: &[&str], dest: &Path) -> Result<Vec<Deb>, Error> {
     check_names(packages.iter().copied().chain([suite]))?;
     let dest =
@@ -97,21 +110,29 @@ pub fn download(suite: &str, packages: &[&str], dest: &Path) -> Result<Vec<Deb>,
     mmdebstrap.arg(format!("--customize-hook=sync-out /debs {}", quote(&dest.to_string_lossy())));
     mmdebstrap.args([suite, "/dev/null"]);
     run_mmdebstrap(&mut mmdebstrap, suite)?;
-    packages.iter().enumerate().map(|(index, package)| find(suite, package, &dest, index)).collect()
+    let found = packages.iter().enumerate().map(|(index, package)| find(suite, package, &dest, index));
+    Ok(found.collect::<Result<Vec<_>, _>>()?.concat())
 }
 
-/// The package that was downloaded as the `index`th.
-fn find(suite: &str, package: &str, dest: &Path, index: usize) -> Result<Deb, Error> {
+/// What was downloaded as the `index`th, by name.
+fn find(suite: &str, package: &str, dest: &Path, index: usize) -> Result<Vec<Deb>, Error> {
     let folder = dest.join(index.to_string());
     let entries =
         fs::read_dir(&folder).map_err(|source| Error::Io { action: "open", path: folder.clone(), source })?;
-    let path = entries
+    let mut paths: Vec<_> = entries
         .filter_map(Result::ok)
         .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|e| e == "deb"));
-    let Some(path) = path else {
+        .filter(|path| path.extension().is_some_and(|e| e == "deb"))
+        .collect();
+    paths.sort();
+    if paths.is_empty() {
         return Err(Error::NotFound { package: package.into(), suite: suite.into() });
-    };
+    }
+    paths.into_iter().map(deb).collect()
+}
+
+/// A package's file, with what it says of itself.
+fn deb(path: PathBuf) -> Result<Deb, Error> {
     let shown = command::run(
         Command::new("dpkg-deb").args(["--show", "--showformat=${Package}\t${Version}"]).arg(&path),
     )?;
@@ -141,7 +162,8 @@ pub(crate) fn mmdebstrap(suite: &str) -> Result<Command, Error> {
     if std::env::var_os("TMPDIR").is_none() {
         command.env("TMPDIR", "/var/tmp");
     }
-    command.env("LC_ALL", "C.UTF-8").arg("--quiet");
+    // Otherwise it keeps apt's reasons to itself.
+    command.env("LC_ALL", "C.UTF-8").arg("--verbose");
     Ok(command)
 }
 
@@ -152,12 +174,17 @@ pub(crate) fn run_mmdebstrap(mmdebstrap: &mut Command, suite: &str) -> Result<Ve
 
 /// Say what to do where `mmdebstrap`'s own message does not.
 pub(crate) fn explain(error: command::Error, suite: &str) -> Error {
-    match error {
-        command::Error::Failed { output, .. } if output.contains("NO_PUBKEY") => {
-            Error::OldKeyring(suite.into())
-        }
-        error => error.into(),
+    let command::Error::Failed { output, .. } = &error else { return error.into() };
+    if output.contains("NO_PUBKEY") {
+        return Error::OldKeyring(suite.into());
     }
+    let dated = |line: &&str| line.contains(" is expired (") || line.contains(" is not valid yet (");
+    let Some(line) = output.lines().find(dated) else { return error.into() };
+    let reason =
+        line.trim_start_matches("E: ").trim_end_matches(" Updates for this repository will not be applied.");
+    let today = command::run(Command::new("date").args(["-u", "+%F"])).unwrap_or_default();
+    let today = String::from_utf8_lossy(&today).trim().to_owned();
+    Error::NotValidToday { suite: suite.into(), reason: reason.into(), today }
 }
 
 /// Refuse what is no name of a package or a suite: it becomes part of a command.
@@ -180,6 +207,25 @@ pub(crate) fn quote(word: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_apt_says_is_explained() {
+        let failed = |output: &str| {
+            let (program, status) = ("mmdebstrap".to_owned(), "exit status: 25".to_owned());
+            explain(command::Error::Failed { program, status, output: output.into() }, "sid").to_string()
+        };
+        let said = failed(
+            "Get:1 http://x sid InRelease\nE: Release file for http://x/dists/sid/InRelease is expired (invalid since \
+             24d 12h 42min 39s). Updates for this repository will not be applied.\nE: apt-get update failed",
+        );
+        assert!(said.contains("sid are not valid today: Release file for http://x"), "{said}");
+        assert!(
+            said.contains("(invalid since 24d 12h 42min 39s).\nIs this machine's date right (20"),
+            "{said}"
+        );
+        assert!(failed("W: GPG error: NO_PUBKEY 1234\nE: x").contains("update them"));
+        assert!(failed("E: Unable to locate package x").contains("Unable to locate package x"));
+    }
 
     #[test]
     fn names_cannot_carry_commands() {

@@ -1,5 +1,5 @@
 //! Image definitions: TOML files that say what an image is built from. lab brings some (`debian-13`, `tiny`); anybody
-//! can write more.
+//! can write more, also as what differs from one of lab's.
 
 use std::{
     fs, io,
@@ -12,8 +12,15 @@ use sha2::{Digest, Sha256};
 use crate::{archive, manifest::SshTransport};
 
 /// The definitions that lab brings: name and text.
-const BUILTIN: &[(&str, &str)] =
-    &[("debian-13", include_str!("../debian-13.toml")), ("tiny", include_str!("../tiny.toml"))];
+const BUILTIN: &[(&str, &str)] = &[
+    ("debian-12", include_str!("../debian-12.toml")),
+    ("debian-13", include_str!("../debian-13.toml")),
+    ("debian-sid", include_str!("../debian-sid.toml")),
+    ("tiny", include_str!("../tiny.toml")),
+];
+
+/// Keys of a definition whose lists follow those of its base.
+const LISTS: [&str; 6] = ["packages", "exclude", "keep", "commands", "file", "link"];
 
 /// Goes into every digest: raised when the builder makes something else out of the same definition.
 const BUILDER_VERSION: u32 = 1;
@@ -187,11 +194,27 @@ impl Definition {
     }
 
     fn parse(text: &str, origin: &str, folder: Option<&Path>) -> Result<Definition, Error> {
-        let mut definition: Definition = toml::from_str(text)
-            .map_err(|source| Error::Syntax { origin: origin.into(), source: Box::new(source) })?;
+        let syntax = |source| Error::Syntax { origin: origin.into(), source: Box::new(source) };
+        let mut table: toml::Table = toml::from_str(text).map_err(syntax)?;
+        let base = match table.remove("base") {
+            None => None,
+            Some(name) => Some(base(&name).ok_or_else(|| Error::Invalid {
+                origin: origin.into(),
+                reason: format!("base = {name} is none of {}", Definition::builtin_names().join(", ")),
+            })?),
+        };
+        let mut definition: Definition = match base {
+            // Straight from the text: then mistakes are told with their lines.
+            None => toml::from_str(text).map_err(syntax)?,
+            Some(base) => {
+                let base = toml::from_str(base).map_err(syntax)?;
+                toml::Value::Table(merged(base, table)).try_into().map_err(syntax)?
+            }
+        };
         definition.check().map_err(|reason| Error::Invalid { origin: origin.into(), reason })?;
         let mut digest = Sha256::new();
         digest.update(format!("{BUILDER_VERSION}\n{}\n{text}", text.len()));
+        digest.update(base.unwrap_or_default());
         digest.update(crate::initramfs::NODE_INIT);
         for file in &mut definition.files {
             file.bytes = match (file.content.take(), &file.source) {
@@ -234,6 +257,29 @@ impl Definition {
     }
 }
 
+/// The text of the definition that another one is based on: one of lab's that has no base itself.
+fn base(name: &toml::Value) -> Option<&'static str> {
+    let (_, text) = BUILTIN.iter().find(|(known, _)| name.as_str() == Some(*known))?;
+    let table: toml::Table = toml::from_str(text).ok()?;
+    (!table.contains_key("base")).then_some(text)
+}
+
+/// A definition on its base: lists follow the base's, a file or link takes the place of the one with its path, all else
+/// replaces what the base has.
+fn merged(mut base: toml::Table, own: toml::Table) -> toml::Table {
+    for (key, value) in own {
+        match (base.get_mut(&key), value) {
+            (Some(toml::Value::Array(all)), toml::Value::Array(more)) if LISTS.contains(&key.as_str()) => {
+                let path = |entry: &toml::Value| entry.get("path").cloned();
+                all.retain(|old| path(old).is_none() || more.iter().all(|new| path(new) != path(old)));
+                all.extend(more);
+            }
+            (_, value) => drop(base.insert(key, value)),
+        }
+    }
+    base
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -250,8 +296,30 @@ mod tests {
         for name in Definition::builtin_names() {
             assert_eq!(Definition::find(name).unwrap().name, name);
         }
-        let error = Definition::find("debian-12").unwrap_err().to_string();
-        assert!(error.contains("debian-13, tiny"), "{error}");
+        let error = Definition::find("debian-11").unwrap_err().to_string();
+        assert!(error.contains("debian-13, debian-sid, tiny"), "{error}");
+    }
+
+    #[test]
+    fn a_definition_on_a_base_says_what_differs() {
+        let text = "name = \"mine\"\nbase = \"debian-13\"\npackages = [\"git\"]\nsize_mib = 4096\n\
+                    [[file]]\npath = \"/etc/fstab\"\ncontent = \"mine\"\n[[file]]\npath = \"/etc/new\"\ncontent = \"\"\n";
+        let (mine, base) = (parse(text).unwrap(), Definition::find("debian-13").unwrap());
+        assert_eq!((mine.name.as_str(), mine.size_mib, mine.suite), ("mine", 4096, base.suite));
+        assert_eq!(mine.packages, [base.packages.as_slice(), &["git".to_owned()]].concat());
+        assert_eq!(mine.files.len(), base.files.len() + 1);
+        let fstab: Vec<_> = mine.files.iter().filter(|file| file.path == "/etc/fstab").collect();
+        assert!(fstab.len() == 1 && fstab[0].bytes == b"mine");
+        assert_eq!((mine.commands, mine.links), (base.commands, base.links));
+        assert_ne!(mine.digest, parse(&text.replace("4096", "4097")).unwrap().digest);
+        for (wrong, expected) in [
+            (text.replace("debian-13", "debian-12"), "base = \"debian-12\" is none of"),
+            (text.replace("debian-13", "../x"), "is none of"),
+            (text.replace("size_mib", "siez"), "unknown field `siez`"),
+        ] {
+            let error = parse(&wrong).unwrap_err().to_string();
+            assert!(error.starts_with("x.toml: ") && error.contains(expected), "{error}");
+        }
     }
 
     #[test]

@@ -107,10 +107,13 @@ pub fn open(dest: &Path) -> Result<KernelPackage, Error> {
         package: record.packages.first().map(|package| package.name.clone()).unwrap_or_default(),
         file,
     };
-    let bzimage = entry(&dest.join("boot"), "vmlinuz-").ok_or_else(|| missing("boot/vmlinuz"))?;
     let modules_dir =
         ["usr/lib/modules", "lib/modules"].iter().find_map(|folder| entry(&dest.join(folder), ""));
     let modules_dir = modules_dir.ok_or_else(|| missing("lib/modules"))?;
+    // Beside its modules in Debian's from 7.x on.
+    let beside = modules_dir.join("vmlinuz");
+    let bzimage = entry(&dest.join("boot"), "vmlinuz-").or_else(|| beside.exists().then_some(beside));
+    let bzimage = bzimage.ok_or_else(|| missing("boot/vmlinuz"))?;
     let version = modules_dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let busybox =
         ["usr/bin/busybox", "bin/busybox"].iter().map(|path| dest.join(path)).find(|path| path.exists());
