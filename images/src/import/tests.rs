@@ -4,7 +4,7 @@ use super::*;
 use crate::command;
 
 /// What `kernel::unpack` takes for a kernel.
-const KERNEL: &[u8] = b"\x7fELF kernel of the image";
+const KERNEL: &[u8] = b"\x7fELF\x02\x01\x01 kernel of \x3e\0 image";
 
 /// An ext4 file system with these files.
 fn ext4(folder: &Path, name: &str, files: &[(&str, &[u8])]) -> PathBuf {
