@@ -159,7 +159,8 @@ impl Boot {
             path: dir.join(disk::file_name(index)),
             format: disk::FORMAT,
             read_only: false,
-            sector_bytes: 512,
+            // Extra disks are empty, and partitioned by the guest.
+            sector_bytes: if index == 0 { manifest.root_sector_bytes } else { 512 },
         };
         let mut disks: Vec<_> = (0..=self.node.extra_disks_bytes.len()).map(disk).collect();
         if manifest.cloud_init {

@@ -20,7 +20,7 @@ use linux_loader::loader::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-pub use initrd::Initrd;
+pub use initrd::{Initrd, is_initrd};
 
 use crate::layout;
 
