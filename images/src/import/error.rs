@@ -37,12 +37,14 @@ pub enum Error {
     PartitionTable(&'static str),
     /// Neither a partition table nor a file system that is known here.
     #[error(
-        "it has neither a partition table nor a file system that lab knows; lab imports cloud images of Debian, Ubuntu and others with an ext4 root"
+        "it has neither a partition table nor a file system that lab knows; lab imports cloud images of Debian, Ubuntu and \
+         others with an ext4 root"
     )]
     NoFileSystem,
     /// No partition holds a system.
     #[error(
-        "none of its file systems is a Linux system's root that lab reads (ext4, with usr/lib/os-release); it has {0}. Take an image with an ext4 root, as Debian and Ubuntu make them"
+        "none of its file systems is a Linux system's root that lab reads (ext4, with usr/lib/os-release); it has {0}. \
+         Take an image with an ext4 root, as Debian and Ubuntu make them"
     )]
     NoRoot(String),
     /// No kernel; what is there instead, with a comma in front, or nothing.

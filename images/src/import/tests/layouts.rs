@@ -142,6 +142,19 @@ fn kinds_of_qcow2_are_read_and_not_kept_compressed() {
 }
 
 #[test]
+fn a_fixed_vhd_is_a_raw_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let (raw, id) = debian(folder.path(), &[]);
+    let disk = folder.path().join("disk.vhd");
+    let options = "subformat=fixed,force_size=on";
+    run("qemu-img", &["convert", "-f", "raw", "-O", "vpc", "-o", options, text(&raw), text(&disk)]);
+    let manifest = try_import(&disk).unwrap().manifest;
+    assert_eq!(manifest.cmdline, format!("root=PARTUUID={id} ro console=hvc0 quiet"));
+    // Its footer is behind the disk.
+    assert_eq!((manifest.root_format, manifest.root_bytes), (DiskFormat::Raw, (32 << 20) + 512));
+}
+
+#[test]
 fn kinds_of_qcow2_that_are_not_read_are_told() {
     let folder = tempfile::tempdir().unwrap();
     let (raw, _) = debian(folder.path(), &[]);
