@@ -2,6 +2,8 @@
 
 use std::io::Read;
 
+use lab_vmm::boot::foreign;
+
 /// Largest kernel that is unpacked, in bytes; Debian's is 57 MB.
 const MAX_UNPACKED: usize = 512 << 20;
 /// Uncompressed size of every block but the last in LZ4's legacy format, in bytes.
@@ -15,6 +17,9 @@ pub enum Error {
     /// Neither an ELF file nor a bzImage.
     #[error("not a kernel: neither an ELF file nor a bzImage (x86 boot protocol 2.08 or later)")]
     NotAKernel,
+    /// For another processor, or for UEFI.
+    #[error("the kernel {0}")]
+    Foreign(String),
     /// The file ends before what its header announces.
     #[error(
         "the kernel is truncated: its payload ends at byte {end}, the file at byte {length}; copy it again"
@@ -52,6 +57,7 @@ pub enum Error {
 /// and may be compressed by gzip, xz, lz4 or zstd, or not at all. The kernel's relocations follow the ELF image in the
 /// payload and are kept.
 pub fn unpack(kernel: &[u8]) -> Result<Vec<u8>, Error> {
+    check_machine(kernel)?;
     if is_elf(kernel) {
         return Ok(kernel.to_vec());
     }
@@ -76,7 +82,17 @@ pub fn unpack(kernel: &[u8]) -> Result<Vec<u8>, Error> {
         }
         _ => return Err(Error::UnknownCompression(payload.iter().take(6).copied().collect())),
     };
-    if is_elf(&unpacked) { Ok(unpacked) } else { Err(Error::PayloadNotElf) }
+    if !is_elf(&unpacked) {
+        return Err(Error::PayloadNotElf);
+    }
+    check_machine(&unpacked)?;
+    Ok(unpacked)
+}
+
+/// Refuse what is told apart by its first bytes from a kernel for x86-64.
+fn check_machine(kernel: &[u8]) -> Result<(), Error> {
+    let head = kernel.get(..foreign::HEAD).unwrap_or(kernel);
+    foreign::name(head).map_or(Ok(()), |name| Err(Error::Foreign(name)))
 }
 
 fn is_elf(bytes: &[u8]) -> bool {
@@ -173,144 +189,4 @@ fn unlz4(payload: &[u8], size: usize) -> Result<Vec<u8>, Error> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use proptest::prelude::*;
-
-    use super::*;
-
-    /// An ELF file in name only, not trivially compressible.
-    fn elf() -> Vec<u8> {
-        let mut bytes = b"\x7fELF".to_vec();
-        let mut state = 1u32;
-        while bytes.len() < 200_000 {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            bytes.extend_from_slice(&[(state >> 24) as u8, 0, 0, 0, 7, 7, 7, 7, 0xe8, 0, 0, 0]);
-        }
-        bytes
-    }
-
-    /// A bzImage around a payload.
-    fn bzimage(payload: &[u8]) -> Vec<u8> {
-        let mut image = vec![0; 3 * SECTOR];
-        image[0x1f1] = 1;
-        image[0x202..0x206].copy_from_slice(b"HdrS");
-        image[0x206..0x208].copy_from_slice(&0x20fu16.to_le_bytes());
-        image[0x248..0x24c].copy_from_slice(&(SECTOR as u32).to_le_bytes());
-        image[0x24c..0x250].copy_from_slice(&(payload.len() as u32).to_le_bytes());
-        image.extend_from_slice(payload);
-        image.extend_from_slice(&[0; 64]);
-        image
-    }
-
-    fn with_size(mut payload: Vec<u8>, size: usize) -> Vec<u8> {
-        payload.extend_from_slice(&(size as u32).to_le_bytes());
-        payload
-    }
-
-    fn zstd(data: &[u8]) -> Vec<u8> {
-        ruzstd::encoding::compress_to_vec(data, ruzstd::encoding::CompressionLevel::Fastest)
-    }
-
-    fn xz(data: &[u8]) -> Vec<u8> {
-        let mut options = lzma_rust2::XzOptions::with_preset(0);
-        options.prepend_pre_filter(lzma_rust2::FilterType::BcjX86, 0);
-        let mut writer = lzma_rust2::XzWriter::new(Vec::new(), options).unwrap();
-        writer.write_all(data).unwrap();
-        writer.finish().unwrap()
-    }
-
-    fn lz4(data: &[u8]) -> Vec<u8> {
-        let mut out = vec![0x02, 0x21, 0x4c, 0x18];
-        for block in data.chunks(LZ4_BLOCK) {
-            let packed = lz4_flex::block::compress(block);
-            out.extend_from_slice(&(packed.len() as u32).to_le_bytes());
-            out.extend_from_slice(&packed);
-        }
-        out
-    }
-
-    fn gzip(data: &[u8]) -> Vec<u8> {
-        let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        writer.write_all(data).unwrap();
-        writer.finish().unwrap()
-    }
-
-    /// A payload of every kind of compression.
-    fn payloads(elf: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
-        vec![
-            ("none", elf.to_vec()),
-            ("gzip", gzip(elf)),
-            ("xz", with_size(xz(elf), elf.len())),
-            ("lz4", with_size(lz4(elf), elf.len())),
-            ("zstd", with_size(zstd(elf), elf.len())),
-        ]
-    }
-
-    #[test]
-    fn every_compression_unpacks_to_the_same_elf() {
-        let elf = elf();
-        for (name, payload) in payloads(&elf) {
-            assert!(unpack(&bzimage(&payload)).unwrap() == elf, "{name}");
-        }
-        assert!(unpack(&elf).unwrap() == elf);
-    }
-
-    #[test]
-    fn lz4_has_blocks_of_8_mib() {
-        let mut elf = elf();
-        elf.resize(LZ4_BLOCK + 12345, 7);
-        assert!(unpack(&bzimage(&with_size(lz4(&elf), elf.len()))).unwrap() == elf);
-    }
-
-    #[test]
-    fn a_truncated_file_says_where_it_should_end() {
-        let image = bzimage(&gzip(b"\x7fELF and more"));
-        let error = unpack(&image[..image.len() - 70]).unwrap_err();
-        assert!(matches!(error, Error::Truncated { .. }), "{error}");
-        assert!(error.to_string().contains("truncated"), "{error}");
-        assert!(matches!(unpack(&image[..0x24a]).unwrap_err(), Error::NotAKernel));
-        assert!(matches!(unpack(b"").unwrap_err(), Error::NotAKernel));
-    }
-
-    #[test]
-    fn a_cut_payload_is_corrupt() {
-        for (name, payload) in payloads(&elf()).into_iter().skip(1) {
-            let mut cut = payload[..payload.len() / 2].to_vec();
-            cut.extend_from_slice(&payload[payload.len() - 4..]);
-            let error = unpack(&bzimage(&cut)).unwrap_err();
-            assert!(matches!(error, Error::Corrupt { .. }), "{name}: {error}");
-        }
-    }
-
-    #[test]
-    fn an_announced_size_that_is_wrong_is_told() {
-        let elf = elf();
-        for (make, size) in [(zstd as fn(&[u8]) -> Vec<u8>, elf.len() - 1), (lz4, elf.len() + 1), (xz, 12)] {
-            let error = unpack(&bzimage(&with_size(make(&elf), size))).unwrap_err();
-            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
-        }
-        let error = unpack(&bzimage(&with_size(zstd(&elf), 0xffff_fff0))).unwrap_err();
-        assert!(matches!(error, Error::TooLarge), "{error}");
-    }
-
-    #[test]
-    fn what_is_no_kernel_is_refused() {
-        assert!(matches!(unpack(&bzimage(b"BZh91AY")).unwrap_err(), Error::UnknownCompression(_)));
-        assert!(matches!(unpack(&bzimage(&gzip(b"no ELF at all"))).unwrap_err(), Error::PayloadNotElf));
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-
-        #[test]
-        fn damage_never_panics(kind in 1usize..5, at in 0usize..100_000, value in any::<u8>()) {
-            let (_, payload) = payloads(b"\x7fELF, and some more text, text, text").remove(kind);
-            let mut image = bzimage(&payload);
-            let at = at % image.len();
-            image[at] = value;
-            let _ = unpack(&image);
-        }
-    }
-}
+mod tests;

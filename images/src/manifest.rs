@@ -50,11 +50,19 @@ pub struct Manifest {
     pub root_format: DiskFormat,
     /// Size of the disk as the guest sees it, in bytes.
     pub root_bytes: u64,
+    /// Size of the sectors that its partition table counts in, in bytes: 512, or 4096. The guest is told the same, since
+    /// it would not find its partitions otherwise.
+    #[serde(default = "sector_bytes")]
+    pub root_sector_bytes: u32,
     /// Every file beside the manifest: `kernel`, `initrd` and the root disk.
     pub files: BTreeMap<String, FileDigest>,
     /// Packages and their versions, those of the kernel and the initramfs included.
     #[serde(default)]
     pub packages: Vec<Package>,
+}
+
+fn sector_bytes() -> u32 {
+    512
 }
 
 /// Size and digest of a file.
@@ -136,6 +144,7 @@ mod tests {
         let manifest: Manifest = serde_json::from_str(TEXT).unwrap();
         assert_eq!((manifest.ssh, manifest.root_format), (SshTransport::Tcp, DiskFormat::Raw));
         assert!(!manifest.cloud_init);
+        assert_eq!(manifest.root_sector_bytes, 512);
         let again: Manifest = serde_json::from_slice(&serde_json::to_vec(&manifest).unwrap()).unwrap();
         assert_eq!(again, manifest);
     }

@@ -270,14 +270,20 @@ impl Store {
         self.publish(out, &manifest)
     }
 
-    /// Import a distribution's cloud image (raw or qcow2) under a name; an earlier image of that name is replaced.
-    pub fn import(&self, name: &str, path: &Path, progress: &mut dyn FnMut(&str)) -> Result<Image, Error> {
+    /// Import a distribution's cloud image (raw or qcow2) under a name; an earlier image of that name is replaced. Returns
+    /// what it seems to lack for a node, too, a sentence each.
+    pub fn import(
+        &self,
+        name: &str,
+        path: &Path,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<(Image, Vec<String>), Error> {
         manifest::check_name(name).map_err(Error::BadName)?;
         let _lock = self.lock(progress)?;
         let out = self.partial()?;
-        let manifest = import::import(name, path, out.path(), progress)
+        let (manifest, warnings) = import::import(name, path, out.path(), progress)
             .map_err(|source| Error::Import { path: path.into(), source: Box::new(source) })?;
-        self.publish(out, &manifest)
+        Ok((self.publish(out, &manifest)?, warnings))
     }
 
     /// Take the image in a folder beside the store, whose files have to be as its manifest says, and leave the folder

@@ -177,7 +177,8 @@ fn pairs<'a, const N: usize>(text: &'a str, keys: [&str; N]) -> Result<[Option<&
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     let mut parts = text.split(',');
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("a path is needed")?;
-    let mut disk = DiskConfig { path: path.into(), format: DiskFormat::Raw, read_only: false };
+    let mut disk =
+        DiskConfig { path: path.into(), format: DiskFormat::Raw, read_only: false, sector_bytes: 512 };
     for part in parts {
         match part {
             "format=raw" => disk.format = DiskFormat::Raw,

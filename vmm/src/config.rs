@@ -63,6 +63,13 @@ pub struct DiskConfig {
     /// Whether the guest may only read it.
     #[serde(default)]
     pub read_only: bool,
+    /// Size of the sectors that the guest is told of, in bytes: 512, or 4096 if the disk's partition table counts in them.
+    #[serde(default = "sector_bytes")]
+    pub sector_bytes: u32,
+}
+
+fn sector_bytes() -> u32 {
+    512
 }
 
 /// Format of a disk image.
@@ -133,6 +140,10 @@ impl VmConfig {
         if !MEMORY_MIB.contains(&self.memory_mib) {
             let (low, high) = (MEMORY_MIB.start(), MEMORY_MIB.end());
             return Err(format!("{} MiB of memory: a machine has {low} to {high}", self.memory_mib));
+        }
+        if let Some(disk) = self.disks.iter().find(|disk| !matches!(disk.sector_bytes, 512 | 4096)) {
+            let (path, bytes) = (disk.path.display(), disk.sector_bytes);
+            return Err(format!("sectors of {bytes} bytes on disk {path}: a disk has 512 or 4096"));
         }
         if let Some(vsock) = &self.vsock
             && (vsock.cid < 3 || vsock.cid == u32::MAX)

@@ -136,7 +136,12 @@ mod tests {
             cmdline: String::new(),
             cpus: 1,
             memory_mib: 32,
-            disks: vec![DiskConfig { path: disk, format: DiskFormat::Raw, read_only: false }],
+            disks: vec![DiskConfig {
+                path: disk,
+                format: DiskFormat::Raw,
+                read_only: false,
+                sector_bytes: 512,
+            }],
             nets: vec![NetConfig {
                 socket: folder.join("net"),
                 port: "t".into(),

@@ -140,6 +140,7 @@ pub(crate) fn build(
         root_file: ROOT.into(),
         root_format: DiskFormat::Raw,
         root_bytes: definition.size_mib << 20,
+        root_sector_bytes: 512,
         files,
         packages,
     })

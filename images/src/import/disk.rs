@@ -1,29 +1,50 @@
-//! The bytes of a disk image, raw or qcow2, as the guest sees them.
+//! The bytes of a disk image, raw or qcow2, as the guest sees them, and how it gets into the store.
 
 use std::{
-    fmt,
     fs::File,
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::FileExt,
-    path::Path,
+    path::{Path, PathBuf},
     sync::Arc,
 };
 
 use imago::{FormatAccess, StorageOpenOptions, file::File as ImageFile, qcow2::Qcow2};
 use lab_vmm::{config::DiskFormat, qcow2};
 
-use super::{Error, io_error, open};
+use super::{Error, error::io_error};
 
 /// The first bytes of a qcow2 image.
 const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
 /// Unit in which a disk is copied, in bytes.
 const BLOCK: usize = 1 << 20;
 
+/// Format of an image, told by its first bytes: it comes from the user, not from a guest.
+pub(super) fn format(path: &Path) -> Result<DiskFormat, Error> {
+    let mut magic = [0; 4];
+    let read = open(path)?.read_at(&mut magic, 0).map_err(io_error("read", path))?;
+    Ok(if magic.get(..read) == Some(QCOW2_MAGIC) { DiskFormat::Qcow2 } else { DiskFormat::Raw })
+}
+
+/// Write a qcow2 image anew, its clusters not compressed: those are unpacked at each read, however small, and nodes would
+/// read from it for as long as they live. The image must be whole, and nothing may be below it.
+pub(super) fn unpack(from: &Path, to: &Path) -> Result<(), Error> {
+    if let Some((backing, _)) = qcow2::info(from)?.backing {
+        return Err(Error::HasBacking(backing));
+    }
+    qcow2::check(from)?;
+    Ok(qcow2::flatten(from, 1, to)?)
+}
+
 /// An image that is only read. Clones share it.
 #[derive(Clone)]
 pub(super) struct Disk {
-    content: Arc<Content>,
+    image: Arc<Image>,
     size_bytes: u64,
+}
+
+struct Image {
+    path: PathBuf,
+    content: Content,
 }
 
 enum Content {
@@ -32,29 +53,21 @@ enum Content {
 }
 
 impl Disk {
-    /// Open an image. Its format is told by its first bytes: it comes from the user, not from a guest.
-    pub(super) fn open(path: &Path) -> Result<Disk, Error> {
+    /// Open an image; a qcow2 image has to be one of lab's own.
+    pub(super) fn open(path: &Path, format: DiskFormat) -> Result<Disk, Error> {
         let file = open(path)?;
-        let mut magic = [0; 4];
-        let read = file.read_at(&mut magic, 0).map_err(io_error("read", path))?;
-        if magic.get(..read) == Some(QCOW2_MAGIC) {
-            let info = qcow2::info(path)?;
-            if let Some((backing, _)) = info.backing {
-                return Err(Error::HasBacking(backing));
+        let (content, size_bytes) = match format {
+            DiskFormat::Raw => {
+                let size = file.metadata().map_err(io_error("read", path))?.len();
+                (Content::Raw(file), size)
             }
-            let access = open_qcow2(path, file).map_err(io_error("open", path))?;
-            return Ok(Disk { content: Arc::new(Content::Qcow2(access)), size_bytes: info.size_bytes });
-        }
-        let size_bytes = file.metadata().map_err(io_error("read", path))?.len();
-        Ok(Disk { content: Arc::new(Content::Raw(file)), size_bytes })
-    }
-
-    /// Format of the image.
-    pub(super) fn format(&self) -> DiskFormat {
-        match *self.content {
-            Content::Raw(_) => DiskFormat::Raw,
-            Content::Qcow2(_) => DiskFormat::Qcow2,
-        }
+            DiskFormat::Qcow2 => {
+                let access = open_qcow2(path, file).map_err(io_error("open", path))?;
+                let size = access.size();
+                (Content::Qcow2(access), size)
+            }
+        };
+        Ok(Disk { image: Arc::new(Image { path: path.into(), content }), size_bytes })
     }
 
     /// Size of the disk in bytes.
@@ -68,9 +81,29 @@ impl Disk {
         if end.is_none_or(|end| end > self.size_bytes) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        match &*self.content {
+        match &self.image.content {
             Content::Raw(file) => file.read_exact_at(buffer, offset),
             Content::Qcow2(access) => access.read(buffer, offset),
+        }
+    }
+
+    /// The `length` bytes at `offset`, fewer where the disk ends.
+    pub(super) fn bytes(&self, offset: u64, length: u64) -> Result<Vec<u8>, Error> {
+        let length = length.min(self.size_bytes.saturating_sub(offset));
+        let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+        if bytes.is_empty() {
+            return Ok(bytes);
+        }
+        self.read_at(&mut bytes, offset).map_err(io_error("read", &self.image.path))?;
+        Ok(bytes)
+    }
+
+    /// An error unless the disk has `length` bytes at `start`.
+    pub(super) fn must_hold(&self, start: u64, length: u64) -> Result<(), Error> {
+        let end = start.saturating_add(length);
+        match end <= self.size_bytes {
+            true => Ok(()),
+            false => Err(Error::Truncated { end, length: self.size_bytes }),
         }
     }
 }
@@ -82,56 +115,6 @@ fn open_qcow2(path: &Path, file: File) -> io::Result<FormatAccess<ImageFile>> {
     image.set_data_file(None);
     image.set_backing(None);
     Ok(FormatAccess::new(image))
-}
-
-/// A disk with a position, as the library for partition tables wants it.
-pub(super) struct Cursor {
-    disk: Disk,
-    position: u64,
-}
-
-impl Cursor {
-    pub(super) fn new(disk: Disk) -> Cursor {
-        Cursor { disk, position: 0 }
-    }
-}
-
-impl fmt::Debug for Cursor {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "disk at {}", self.position)
-    }
-}
-
-impl Read for Cursor {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let left = self.disk.size_bytes.saturating_sub(self.position);
-        let length = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-        self.disk.read_at(buffer.get_mut(..length).unwrap_or_default(), self.position)?;
-        self.position += length as u64;
-        Ok(length)
-    }
-}
-
-impl Seek for Cursor {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::End(offset) => self.disk.size_bytes.checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
-    }
-}
-
-impl Write for Cursor {
-    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::ReadOnlyFilesystem.into())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
 }
 
 /// Copy a file; blocks of zeros become holes.
@@ -162,4 +145,9 @@ fn read_block(source: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+/// A file that is read from; its path goes into messages.
+fn open(path: &Path) -> Result<File, Error> {
+    File::open(path).map_err(io_error("open", path))
 }

@@ -29,6 +29,7 @@ fn made(store: &Store, name: &str, content: &str) -> (tempfile::TempDir, Manifes
         root_file: "root.img".into(),
         root_format: DiskFormat::Raw,
         root_bytes: 10,
+        root_sector_bytes: 512,
         files,
         packages: Vec::new(),
     };

@@ -159,6 +159,8 @@ impl Boot {
             path: dir.join(disk::file_name(index)),
             format: disk::FORMAT,
             read_only: false,
+            // Extra disks are empty, and partitioned by the guest.
+            sector_bytes: if index == 0 { manifest.root_sector_bytes } else { 512 },
         };
         let mut disks: Vec<_> = (0..=self.node.extra_disks_bytes.len()).map(disk).collect();
         if manifest.cloud_init {
@@ -214,7 +216,7 @@ impl Boot {
         };
         let bytes = cloud_init::disk(&seed).map_err(io("make", &path))?;
         json_file::write_bytes(&path, &bytes)?;
-        Ok(DiskConfig { path, format: DiskFormat::Raw, read_only: true })
+        Ok(DiskConfig { path, format: DiskFormat::Raw, read_only: true, sector_bytes: 512 })
     }
 
     /// The files that this node finds in its `/run`: name, keys, and where to report. They come with each boot, so

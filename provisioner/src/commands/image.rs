@@ -53,7 +53,15 @@ pub fn run(context: &Context, action: ImageAction) -> Result<ExitCode, Error> {
             }
         }
         ImageAction::Import { name, path } => {
-            with_progress(context, &name, "import", |say| store.import(&name, &path, say))?;
+            let mut lacking = Vec::new();
+            with_progress(context, &name, "import", |say| {
+                let (image, warnings) = store.import(&name, &path, say)?;
+                lacking = warnings;
+                Ok(image)
+            })?;
+            for warning in lacking {
+                context.progress.warn(&format!("{name}: {warning}"));
+            }
         }
         ImageAction::Verify { name } => {
             let image = with_progress(context, &name, "verify", |_| store.verify(&name))?;

@@ -14,17 +14,24 @@ const XLF_KERNEL_64: u16 = 1;
 const VERSION_2_12: u16 = 0x020c;
 const LOADER_UNDEFINED: u8 = 0xff;
 const SECTOR: u64 = 512;
+/// Unit of `syssize` in bytes.
+const PARAGRAPH: u64 = 16;
 
 /// Whether the image is whole (`file_size` bytes) and has a 64-bit entry point; if not, why not.
 pub fn check(header: &setup_header, file_size: u64) -> Result<(), String> {
     let sectors = if header.setup_sects == 0 { 4 } else { u64::from(header.setup_sects) };
     let syssize = header.syssize;
-    let expected = (sectors + 1) * SECTOR + u64::from(syssize) * 16;
-    if file_size < expected {
+    let expected = (sectors + 1) * SECTOR + u64::from(syssize) * PARAGRAPH;
+    // Linux fills its last paragraph up, others (Memtest86+) do not.
+    if file_size + (PARAGRAPH - 1) < expected {
         return Err(format!("is cut short: {file_size} bytes of {expected}"));
     }
     if header.version < VERSION_2_12 || header.xloadflags & XLF_KERNEL_64 == 0 {
-        return Err("is a bzImage without a 64-bit entry point: a 64-bit kernel is needed".into());
+        return Err(
+            "is a bzImage without a 64-bit entry point, of a 32-bit kernel or of one older than Linux 3.8: \
+                    a newer kernel for x86-64 is needed"
+                .into(),
+        );
     }
     Ok(())
 }
@@ -79,4 +86,27 @@ fn write_page_tables(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_paragraph_of_an_image_need_not_be_full() {
+        // The header of Memtest86+ 6.10 (Debian's `memtest86+x64.bin`, 144312 bytes).
+        let memtest = setup_header {
+            setup_sects: 2,
+            syssize: 8924,
+            version: VERSION_2_12,
+            xloadflags: 9,
+            ..Default::default()
+        };
+        for whole in [144_305, 144_312, 144_320, 145_408] {
+            check(&memtest, whole).unwrap();
+        }
+        assert_eq!(check(&memtest, 144_304).unwrap_err(), "is cut short: 144304 bytes of 144320");
+        let narrow = setup_header { xloadflags: 4, ..memtest };
+        assert!(check(&narrow, 144_320).unwrap_err().contains("of a 32-bit kernel"));
+    }
 }

@@ -34,6 +34,11 @@ const MAGICS: [&[u8]; 11] = [
     b"\x28\xb5\x2f\xfd",
 ];
 
+/// Whether a file with these bytes, of which the first six are enough, may be one: an archive, compressed or not.
+pub fn is_initrd(bytes: &[u8]) -> bool {
+    bytes.len() >= 6 && MAGICS.iter().any(|magic| bytes.starts_with(magic))
+}
+
 /// Read `paths` to the end of the `ram` bytes of memory at address 0.
 pub fn load(memory: &GuestMemoryMmap, ram: u64, paths: &[PathBuf]) -> Result<Option<Initrd>, Error> {
     let mut files = Vec::with_capacity(paths.len());
@@ -74,9 +79,7 @@ pub fn load(memory: &GuestMemoryMmap, ram: u64, paths: &[PathBuf]) -> Result<Opt
 /// Whether the `length` bytes at `at` begin as an archive does and, if it is not compressed, are whole.
 fn check(memory: &GuestMemoryMmap, at: u64, length: u64) -> Result<(), String> {
     let mut head = [0; 6];
-    let known = length >= 6
-        && memory.read_slice(&mut head, GuestAddress(at)).is_ok()
-        && MAGICS.iter().any(|magic| head.starts_with(magic));
+    let known = length >= 6 && memory.read_slice(&mut head, GuestAddress(at)).is_ok() && is_initrd(&head);
     if !known {
         return Err(format!("({length} bytes) is not a cpio archive, compressed or not"));
     }

@@ -1,7 +1,9 @@
 //! Direct boot: kernel and initial RAM file systems into guest memory, and the structures that tell the kernel where
-//! everything is. No firmware runs. `pvh` and `bzimage` are the two boot protocols; registers are `cpu::registers`.
+//! everything is. No firmware runs. `pvh` and `bzimage` are the two boot protocols, `foreign` names kernels of others;
+//! registers are `cpu::registers`.
 
 mod bzimage;
+pub mod foreign;
 mod initrd;
 mod memory_map;
 mod pvh;
@@ -18,7 +20,7 @@ use linux_loader::loader::{
 };
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-pub use initrd::Initrd;
+pub use initrd::{Initrd, is_initrd};
 
 use crate::layout;
 
@@ -106,14 +108,15 @@ pub fn load_kernel(memory: &GuestMemoryMmap, path: &Path) -> Result<Kernel, Erro
     let bad = |problem: String| Error::File { what: "kernel", path: path.into(), problem };
     let mut file = File::open(path).map_err(read)?;
     let size = file.metadata().map_err(read)?.len();
-    let mut magic = [0; 4];
-    match file.read_exact(&mut magic) {
-        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
-            return Err(bad(format!("is {size} bytes long: that is not a kernel")));
-        }
-        other => other.map_err(read)?,
+    let mut head = Vec::with_capacity(foreign::HEAD);
+    (&mut file).take(foreign::HEAD as u64).read_to_end(&mut head).map_err(read)?;
+    if head.len() < 4 {
+        return Err(bad(format!("is {size} bytes long: that is not a kernel")));
     }
-    let kernel = if magic == *b"\x7fELF" {
+    if let Some(name) = foreign::name(&head) {
+        return Err(bad(name));
+    }
+    let kernel = if head.starts_with(b"\x7fELF") {
         load_elf(memory, &mut file).map_err(bad)?
     } else {
         load_bzimage(memory, &mut file, size).map_err(bad)?

@@ -42,25 +42,27 @@ pub fn flatten(path: &Path, count: usize, target: &Path) -> Result<(), Error> {
     let from = chain::open_paused(path)?;
     let to = chain::open(target, true)?;
     let mut buffer = vec![0; STEP as usize];
-    let copied = (|| {
-        let mut offset = 0;
-        while offset < size {
-            let (kind, length) = kind(&from.access, offset, STEP.min(size - offset), count)?;
-            match kind {
-                Kind::Nothing => {}
-                Kind::Zeroes => to.access.write_zeroes(offset, length)?,
-                Kind::Data => {
-                    let data = buffer.get_mut(..length as usize).unwrap_or_default();
-                    from.access.read(&mut *data, offset)?;
-                    to.access.write(&*data, offset)?;
+    let read_error = |source| Error::Io { path: path.to_owned(), action: "read what is in it", source };
+    let write_error = |source| Error::Io { path: target.to_owned(), action: "copy to it", source };
+    let mut offset = 0;
+    while offset < size {
+        let (kind, length) = kind(&from.access, offset, size - offset, count).map_err(read_error)?;
+        let end = offset.saturating_add(length);
+        match kind {
+            Kind::Nothing => {}
+            Kind::Zeroes => to.access.write_zeroes(offset, length).map_err(write_error)?,
+            Kind::Data => {
+                for start in (offset..end).step_by(STEP as usize) {
+                    let data = buffer.get_mut(..STEP.min(end - start) as usize).unwrap_or_default();
+                    from.access.read(&mut *data, start).map_err(read_error)?;
+                    to.access.write(&*data, start).map_err(write_error)?;
                 }
             }
-            offset += length;
         }
-        to.access.flush()?;
-        to.file.sync_all()
-    })();
-    copied.map_err(|source| Error::Io { path: target.to_owned(), action: "copy to it", source })
+        offset = end;
+    }
+    to.access.flush().map_err(write_error)?;
+    to.file.sync_all().map_err(write_error)
 }
 
 /// What the topmost `count` images have from `offset` on, and for how many bytes.
@@ -70,10 +72,13 @@ fn kind(
     mut length: u64,
     count: usize,
 ) -> io::Result<(Kind, u64)> {
-    let wanted = length;
     let mut access = top;
     for _ in 0..count {
         let (mapping, found) = access.get_shallow_mapping(offset, length)?;
+        // Behind the end of one that is smaller than those above it: as far as those go.
+        if matches!(mapping, ShallowMapping::Eof { .. }) {
+            return Ok((Kind::Nothing, length));
+        }
         length = found.min(length);
         match mapping {
             ShallowMapping::Indirect { layer, offset: there, .. } => {
@@ -81,11 +86,12 @@ fn kind(
                 offset = there;
             }
             ShallowMapping::Zero { explicit: true, .. } => return Ok((Kind::Zeroes, length)),
-            // Behind the end of one that is smaller than those above it.
-            ShallowMapping::Eof { .. } => return Ok((Kind::Nothing, wanted)),
             ShallowMapping::Zero { .. } => return Ok((Kind::Nothing, length)),
             _ => return Ok((Kind::Data, length)),
         }
     }
     Ok((Kind::Nothing, length))
 }
+
+#[cfg(test)]
+mod tests;

@@ -185,8 +185,13 @@ impl Header {
             }
         }
         let l1 = read_up_to(file, self.l1_offset, self.l1_entries * 8).map_err(read_error)?;
+        // Without this, a small file could lead to the same table over and over.
+        let mut tables_left = length / size;
         for table in entries(&l1).map(|entry| entry & OFFSET).filter(|table| *table != 0) {
             check(table, table + size)?;
+            tables_left = tables_left
+                .checked_sub(1)
+                .ok_or_else(|| damaged("two places of its L1 table lead to the same L2 table"))?;
             found(table)?;
             let l2 = read_up_to(file, table, size).map_err(read_error)?;
             for entry in entries(&l2) {

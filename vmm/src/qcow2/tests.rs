@@ -30,7 +30,7 @@ pub(crate) fn when_free<T, E: std::fmt::Display>(open: impl Fn() -> Result<T, E>
 }
 
 /// Runs a tool of QEMU's and returns what it printed.
-fn qemu(tool: &str, arguments: &[&str]) -> String {
+pub(super) fn qemu(tool: &str, arguments: &[&str]) -> String {
     let output = Command::new(tool)
         .args(arguments)
         .output()
@@ -44,7 +44,7 @@ fn qemu(tool: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().unwrap()
 }
 
@@ -341,42 +341,4 @@ proptest! {
             let _ = chain.access.flush();
         }
     }
-}
-
-#[test]
-fn a_flattened_chain_is_the_same_disk() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |index: usize| folder.path().join(format!("{index}.qcow2"));
-    let base = folder.path().join("root.img");
-    fs::write(&base, vec![9; 1 << 20]).unwrap();
-    let io = |file: &Path, what: &str| qemu("qemu-io", &["-f", "qcow2", "-c", what, text(file)]);
-    create_overlay(&path(0), &base, DiskFormat::Raw, 4 << 20).unwrap();
-    for index in 1..6 {
-        create_overlay(&path(index), &path(index - 1), DiskFormat::Qcow2, 4 << 20).unwrap();
-        io(&path(index), &format!("write -P {index} {}k 192k", index * 64));
-    }
-    // A hole over data, of the image and of a layer.
-    io(&path(3), "write -z 0 128k");
-    io(&path(5), "write -P 77 3M 4k");
-    let _held = open(&path(5), true).unwrap(); // by a machine that stands still
-    for (count, backing) in [(1, Some(path(4))), (3, Some(path(2))), (6, Some(base.clone()))] {
-        let flat = folder.path().join(format!("flat{count}.qcow2"));
-        flatten(&path(5), count, &flat).unwrap();
-        qemu("qemu-img", &["check", text(&flat)]);
-        let compared = qemu("qemu-img", &["compare", "-U", text(&path(5)), text(&flat)]);
-        assert!(compared.contains("identical"), "{compared}");
-        let found = info(&flat).unwrap().backing.map(|(path, _)| fs::canonicalize(path).unwrap());
-        assert_eq!(found, backing.map(|path| fs::canonicalize(path).unwrap()));
-        // What is below is not copied: 1 MiB of the image would show.
-        assert!(fs::metadata(&flat).unwrap().len() < 1 << 20, "{count}");
-    }
-    // Without an image at the bottom.
-    create_empty(&path(10), 1 << 20).unwrap();
-    create_overlay(&path(11), &path(10), DiskFormat::Qcow2, 1 << 20).unwrap();
-    io(&path(10), "write -P 1 0 64k");
-    io(&path(11), "write -P 2 128k 64k");
-    let flat = folder.path().join("flat.qcow2");
-    flatten(&path(11), 2, &flat).unwrap();
-    assert_eq!(info(&flat).unwrap().backing, None);
-    assert!(qemu("qemu-img", &["compare", text(&path(11)), text(&flat)]).contains("identical"));
 }

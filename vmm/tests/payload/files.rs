@@ -31,6 +31,11 @@ fn broken_kernels_are_named() {
     huge[64 + 40..64 + 48].copy_from_slice(&(1u64 << 40).to_le_bytes());
     let mut old = bzimage.clone();
     old[0x236] = 0;
+    let mut narrow = elf.clone();
+    narrow[4] = 1;
+    narrow[18] = 3;
+    let mut arm = vec![0; 4096];
+    arm[0x38..0x3c].copy_from_slice(b"ARM\x64");
     for (file, says) in [
         (&b""[..], "kernel K is 0 bytes long"),
         (b"abc", "3 bytes long"),
@@ -40,9 +45,11 @@ fn broken_kernels_are_named() {
         (&no_note, "CONFIG_PVH"),
         (&far_entry, "entry point 0x70000000 lies outside"),
         (&huge, "needs 1048577 MiB"),
-        (&bzimage[..bzimage.len() - 1], "is cut short: 1583 bytes of 1584"),
+        (&bzimage[..bzimage.len() - 16], "is cut short: 1568 bytes of 1584"),
         (&bzimage[..600], "cut short or corrupt"),
-        (&old, "64-bit entry point"),
+        (&old, "without a 64-bit entry point, of a 32-bit kernel"),
+        (&narrow, "K is for 32-bit x86: a kernel for x86-64 is needed"),
+        (&arm, "K is for ARM64: a kernel for x86-64 is needed"),
     ] {
         let error = kernel_error(file);
         assert!(

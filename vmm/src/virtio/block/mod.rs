@@ -30,6 +30,8 @@ const QUEUE_SIZES: [u16; 1] = [256];
 
 /// Size of a sector in bytes, whatever the disk's own block size (virtio 1.3 §5.2.2).
 const SECTOR: u64 = 512;
+/// Unit in bytes in which the host's disks are written.
+const PHYSICAL: u64 = 4096;
 /// Most data buffers in a request: the ring without header and status.
 const SEGMENTS: u32 = 254;
 /// Most sectors in one discard or write-zeroes: 1 GiB.
@@ -77,7 +79,7 @@ impl Block {
         let counters = Arc::new(Counters::default());
         Ok(Self {
             name: name.to_owned(),
-            config: configuration(sectors, image.granularity()),
+            config: configuration(sectors, config.sector_bytes, image.granularity()),
             features,
             counters: Arc::clone(&counters),
             disk: Some(Disk {
@@ -107,23 +109,25 @@ impl Block {
 }
 
 /// `struct virtio_blk_config` (virtio 1.3 §5.2.4).
-fn configuration(sectors: u64, granularity: u64) -> Vec<u8> {
-    let granularity = u32::try_from(granularity / SECTOR).unwrap_or(u32::MAX);
+fn configuration(sectors: u64, block: u32, granularity: u64) -> Vec<u8> {
+    let in_units = |bytes: u64, unit: u64| u32::try_from(bytes / unit.max(1)).unwrap_or(u32::MAX);
+    let blocks = in_units(PHYSICAL, block.into());
     let mut config = Vec::with_capacity(60);
     config.extend(sectors.to_le_bytes());
     config.extend(0u32.to_le_bytes()); // size_max
     config.extend(SEGMENTS.to_le_bytes());
     config.extend([0; 4]); // geometry
-    config.extend((SECTOR as u32).to_le_bytes()); // blk_size
-    config.extend([3, 0]); // 2^3 sectors in a physical block, the first of which is aligned
-    config.extend(8u16.to_le_bytes()); // min_io_size in sectors
-    config.extend(granularity.to_le_bytes()); // opt_io_size
+    config.extend(block.to_le_bytes()); // blk_size
+    // Those in a physical block, as a power of 2; the first one is aligned.
+    config.extend([blocks.checked_ilog2().unwrap_or(0) as u8, 0]);
+    config.extend((blocks as u16).to_le_bytes()); // min_io_size, in blocks
+    config.extend(in_units(granularity, block.into()).to_le_bytes()); // opt_io_size, likewise
     config.extend([0; 4]); // writeback, unused, num_queues
     for _ in 0..2 {
         // For discard: sectors, segments, alignment; for write zeroes: sectors, segments, may_unmap.
         config.extend(MAX_ZEROES.to_le_bytes());
         config.extend(1u32.to_le_bytes());
-        config.extend(if config.len() < 48 { granularity } else { 1 }.to_le_bytes());
+        config.extend(if config.len() < 48 { in_units(granularity, SECTOR) } else { 1 }.to_le_bytes());
     }
     config
 }

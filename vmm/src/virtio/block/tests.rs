@@ -24,7 +24,7 @@ const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
 
 fn config(path: &Path, format: DiskFormat) -> DiskConfig {
-    DiskConfig { path: path.to_owned(), format, read_only: false }
+    DiskConfig { path: path.to_owned(), format, read_only: false, sector_bytes: 512 }
 }
 
 fn qemu(tool: &str, arguments: &[&str]) -> String {
@@ -217,6 +217,26 @@ fn a_raw_disk_is_its_file() {
     guest.device.reset();
     content[1024 * 512..2048 * 512].fill(0);
     assert!(fs::read(&path).unwrap() == content);
+}
+
+#[test]
+fn the_guest_is_told_the_size_of_a_sector() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("raw");
+    fs::write(&path, vec![7; 1 << 20]).unwrap();
+    // Offsets in `struct virtio_blk_config`: blk_size, physical_block_exp, min_io_size, opt_io_size.
+    for (sector_bytes, exponent, blocks) in [(512, 3, 8), (4096, 0, 1)] {
+        let disk = DiskConfig { sector_bytes, ..config(&path, DiskFormat::Raw) };
+        let device = when_free(|| Block::new("disk0", &disk));
+        let mut told = [0; 36];
+        device.read_config(0, &mut told);
+        // Whatever a sector is, the disk's size is in units of 512 bytes.
+        assert_eq!(told[..8], (1u64 << 11).to_le_bytes());
+        assert_eq!(told[20..24], sector_bytes.to_le_bytes());
+        assert_eq!(told[24], exponent);
+        assert_eq!(told[26..28], [blocks, 0]);
+        assert_eq!(told[28..32], u32::from(blocks).to_le_bytes());
+    }
 }
 
 #[test]
