@@ -1,7 +1,7 @@
 //! The way into a node: OpenSSH over vsock, or over TCP through `lab-net` for images that don't listen on vsock.
 
 use std::{
-    io::{self, Read, Write},
+    io::{self, Read},
     net::Ipv4Addr,
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
@@ -344,20 +344,14 @@ impl Channel {
         }
     }
 
+    /// The socket of the node's vsock device.
+    pub fn vsock_socket(&self) -> PathBuf {
+        self.paths.node_socket(&self.node, "vsock")
+    }
+
     /// Asks the node's vsock device for one of the guest's ports.
     pub fn connect_vsock(&self, port: u32) -> io::Result<UnixStream> {
-        let mut stream = UnixStream::connect(self.paths.node_socket(&self.node, "vsock"))?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-        let mut answer = Vec::new();
-        let mut byte = [0];
-        while answer.len() < 32 && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-            answer.push(byte[0]);
-        }
-        if !answer.starts_with(b"OK ") {
-            let reason = format!("nobody listens on port {port} yet");
-            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, reason));
-        }
+        let stream = lab_vmm::guest_clock::connect(&self.vsock_socket(), port)?;
         stream.set_read_timeout(None)?;
         Ok(stream)
     }

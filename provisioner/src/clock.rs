@@ -1,19 +1,21 @@
 //! A guest's wall clock: stepped to the host's, forward only, before a node counts as ready. A guest that stood still has
-//! missed time, and one that boots on a slow host has lost ticks before it had its clock.
+//! missed time, and one that boots on a slow host has lost ticks before it had its clock. While a node runs, its `lab-vmm`
+//! tells it the time (`lab_vmm::guest_clock`).
 
 use std::{
     fs::File,
-    io::{self, BufRead, BufReader, Read, Seek, Write},
+    io::{self, BufReader, Read, Seek},
     os::fd::AsFd,
     process::{Child, Stdio},
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
+use lab_vmm::guest_clock;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::{channel::Channel, child};
 
-/// How long a line of a guest's may be, and what is told of an `ssh` that failed.
+/// How much is told of an `ssh` that failed, in bytes.
 const TEXT_MAX: u64 = 200;
 
 /// Reads the time once the connection is there. Whole seconds are compared, so that the clock never goes back; busybox
@@ -23,16 +25,7 @@ const SCRIPT: &str = "echo go; read t; s=${t%.*}; \
 
 /// By what the image has for it ([`lab_images::manifest::Manifest::clock_port`]).
 pub fn step(channel: &Channel, port: u32, limit: Duration) -> Result<(), String> {
-    step_by_vsock(channel, port, limit).map_err(|error| format!("vsock: {error}"))
-}
-
-fn step_by_vsock(channel: &Channel, port: u32, limit: Duration) -> io::Result<()> {
-    let mut stream = channel.connect_vsock(port)?;
-    stream.set_read_timeout(Some(limit.max(Duration::from_secs(1))))?;
-    let mut answers = BufReader::new(stream.try_clone()?);
-    expect_line(&mut answers)?;
-    tell(&mut stream)?;
-    expect_line(&mut answers)
+    guest_clock::tell(&channel.vsock_socket(), port, limit).map_err(|error| format!("vsock: {error}"))
 }
 
 /// By a command over SSH, which any image runs; that it ends well shows that the node runs commands.
@@ -69,20 +62,8 @@ fn tell_command(ssh: &mut Child, limit: Duration) -> io::Result<()> {
     if poll(&mut [PollFd::from_borrowed_fd(output.as_fd(), PollFlags::IN)], Some(&limit))? == 0 {
         return Err(io::ErrorKind::TimedOut.into());
     }
-    expect_line(&mut BufReader::new(output))?;
-    tell(&mut input)
-}
-
-/// A guest that hangs up, or talks without end, has not done it.
-fn expect_line(from: &mut dyn BufRead) -> io::Result<()> {
-    let mut line = Vec::new();
-    from.take(TEXT_MAX).read_until(b'\n', &mut line)?;
-    if line.ends_with(b"\n") { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
-}
-
-fn tell(to: &mut dyn Write) -> io::Result<()> {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    to.write_all(format!("{}.{:03}\n", now.as_secs(), now.subsec_millis()).as_bytes())
+    guest_clock::expect_line(&mut BufReader::new(output))?;
+    guest_clock::say_time(&mut input)
 }
 
 /// What `ssh` said, on one line.

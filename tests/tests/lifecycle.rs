@@ -257,6 +257,8 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
     let (status, said) =
         lab.shell("a", ". /etc/os-release; echo $ID; systemctl is-active ssh.socket; hostname", b"");
     assert_eq!((status, said.as_str()), (Some(0), "debian\nactive\na\n"));
+    // Its clock is wrong now, and looked at below.
+    assert_eq!(lab.shell("a", "date -s '9 minutes ago'", b"").0, Some(0));
     // Its file system has grown to its disk, or is about to.
     let grown = "systemctl start lab-growfs && df --output=size -BM / | tail -n 1 | tr -dc 0-9";
     let (status, said) = lab.shell("a", grown, b"");
@@ -284,6 +286,17 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
     let fetch =
         "curl -s -m 60 -o /dev/null -w '%{http_code}' http://deb.debian.org/debian/dists/trixie/Release";
     assert_eq!(lab.shell("a", fetch, b""), (Some(0), "200".into()));
+    // While it runs, its clock becomes right again: it is told the time every minute.
+    let mut waiting = Waiting::new("a clock that is right", std::time::Duration::from_secs(180));
+    loop {
+        let (_, told) = lab.shell("a", "date +%s", b"");
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        if told.trim().parse::<u64>().is_ok_and(|told| told.abs_diff(now) <= 2) {
+            break;
+        }
+        assert!(!waiting.is_over(&told), "{told}, and it is {now}");
+        std::thread::park_timeout(std::time::Duration::from_secs(2));
+    }
     // Commands wait for a node that reboots.
     let boot_id = || lab.shell("a", "cat /proc/sys/kernel/random/boot_id", b"");
     let (_, before) = boot_id();

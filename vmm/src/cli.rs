@@ -206,6 +206,7 @@ fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
         cid: number(cid.ok_or("cid= is missing")?)?,
         socket: socket.ok_or("socket= is missing")?.into(),
         notify_port: notify.map(number).transpose()?,
+        clock_port: None,
     })
 }
 

@@ -108,6 +108,9 @@ pub struct VsockConfig {
     /// last said there is told by the control request `status`.
     #[serde(default)]
     pub notify_port: Option<u32>,
+    /// Port where the guest is told the time, every minute (see `clock`).
+    #[serde(default)]
+    pub clock_port: Option<u32>,
 }
 
 /// Where the console's output goes.

@@ -147,7 +147,12 @@ mod tests {
                 port: "t".into(),
                 mac: "52:54:00:00:00:01".into(),
             }],
-            vsock: Some(VsockConfig { cid: 3, socket: folder.join("vsock"), notify_port: None }),
+            vsock: Some(VsockConfig {
+                cid: 3,
+                socket: folder.join("vsock"),
+                notify_port: None,
+                clock_port: None,
+            }),
             console: ConsoleConfig::default(),
             control: None,
             lock: None,

@@ -16,6 +16,7 @@ pub mod control_socket;
 pub mod cpu;
 pub mod devices;
 pub mod ending;
+pub mod guest_clock;
 pub mod layout;
 pub mod lock;
 pub mod machine;

@@ -27,7 +27,7 @@ use crate::{
     cpu::{self, Counters, Cpus, Surroundings, cpuid},
     devices::{self, Devices},
     ending::{End, Ending},
-    layout, memory,
+    guest_clock, layout, memory,
     notify::Notify,
     pci::wires::KvmWires,
     platform::{Line, Platform},
@@ -225,6 +225,7 @@ impl Machine {
         if !self.config.paused {
             self.resume(&cpus)?;
         }
+        guest_clock::keep(self.config.vsock.as_ref()).map_err(io("start a thread"))?;
         let waited = self.wait(&cpus);
         let stopped = cpus.stop();
         // After the CPUs, so that nothing rings any more: requests under way are completed and files closed.

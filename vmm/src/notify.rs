@@ -115,7 +115,8 @@ mod tests {
     use super::*;
 
     fn notify(folder: &std::path::Path) -> Notify {
-        let config = VsockConfig { cid: 3, socket: folder.join("vsock"), notify_port: Some(9) };
+        let config =
+            VsockConfig { cid: 3, socket: folder.join("vsock"), notify_port: Some(9), clock_port: None };
         Notify::new(Some(&config)).unwrap().unwrap()
     }
 

@@ -183,6 +183,7 @@ impl Boot {
                 cid: CID,
                 socket: lab.dirs.node_socket(name, "vsock"),
                 notify_port: Some(NOTIFY_PORT),
+                clock_port: manifest.clock_port,
             }),
             console: ConsoleConfig {
                 log: Some(dir.join("console.log")),

@@ -68,10 +68,11 @@ pub fn choose(forced: Option<&str>) -> Result<Choice, Error> {
 
 /// Runs this process as a part of the emulated host or of a bake, if that is what it was started for.
 pub fn internal(arguments: impl IntoIterator<Item = OsString>) -> Option<ExitCode> {
-    let arguments: Vec<OsString> = arguments.into_iter().skip(1).take(2).collect();
+    let arguments: Vec<OsString> = arguments.into_iter().skip(1).take(3).collect();
     let (verb, argument) = (arguments.first()?.to_str()?, arguments.get(1).map(Path::new));
+    let port = arguments.get(2).and_then(|port| port.to_str()?.parse().ok());
     let result = match (verb, argument) {
-        ("host-init", Some(config)) => emulated::init::run(config),
+        ("host-init", Some(config)) => emulated::init::run(config, port),
         ("host-supervise", None) => Paths::from_env()
             .map_err(|error| error.to_string())
             .and_then(|paths| emulated::supervisor::run(&paths).map_err(|error| error.to_string()))

@@ -247,7 +247,8 @@ fn snapshots_that_do_not_suit_are_refused() {
     bench.config.memory_mib = 64;
     refused(&bench, "it is of a machine with 1 CPUs and 32 MiB, not with 1 and 64");
     bench.config.memory_mib = 32;
-    bench.config.vsock = Some(VsockConfig { cid: 3, socket: bench.path("vsock"), notify_port: None });
+    bench.config.vsock =
+        Some(VsockConfig { cid: 3, socket: bench.path("vsock"), notify_port: None, clock_port: None });
     refused(&bench, "it has 3 devices where 4 are asked for");
     bench.config.vsock = None;
     let state = std::fs::read(folder.join("state")).unwrap();

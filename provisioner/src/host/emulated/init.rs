@@ -23,7 +23,7 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{netlink::Netlink, orders};
+use super::{clock, netlink::Netlink, orders};
 use crate::memory::meminfo;
 use crate::say::say;
 
@@ -91,13 +91,13 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Erro
     move |error| Error { what: what.into(), source: error.into() }
 }
 
-/// Runs as process 1, until the machine stops.
-pub fn run(config: &Path) -> ! {
+/// Runs as process 1, until the machine stops. `clock` is the real machine's port that tells the time.
+pub fn run(config: &Path, clock: Option<u16>) -> ! {
     if rustix::process::getpid() != Pid::INIT {
         say("lab: this command is the first process of the emulated host, and nothing else");
         std::process::exit(2);
     }
-    if let Err(error) = console().and_then(|()| serve(config)) {
+    if let Err(error) = console().and_then(|()| serve(config, clock)) {
         println!("{FAILED}{error}");
     }
     power_off()
@@ -113,7 +113,7 @@ fn console() -> Result<(), Error> {
     rustix::stdio::dup2_stderr(&console).map_err(failed("standard error"))
 }
 
-fn serve(config: &Path) -> Result<(), Error> {
+fn serve(config: &Path, clock: Option<u16>) -> Result<(), Error> {
     let bytes = fs::read(config).map_err(failed(format!("read {}", config.display())))?;
     let config: InitConfig = serde_json::from_slice(&bytes).map_err(failed("its configuration"))?;
     mounts(&config)?;
@@ -131,11 +131,20 @@ fn serve(config: &Path) -> Result<(), Error> {
     let _first = first.map_err(|errno| failed("make a virtual machine")(io::Error::from(errno)))?;
     settings()?;
     network()?;
+    if let Some(Err(error)) = clock.map(clock::set) {
+        println!("lab-host: the clock: {error}");
+    }
     accounts(&config)?;
     let limit = rustix::process::Rlimit { current: Some(1024), maximum: Some(1 << 19) };
     rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).map_err(failed("setrlimit"))?;
 
     orders::listen(config.uid, config.gid, stop).map_err(failed("the socket for orders"))?;
+    if let Some(port) = clock {
+        thread::Builder::new()
+            .name("clock".into())
+            .spawn(move || clock::keep(port))
+            .map_err(failed("start a thread"))?;
+    }
     let later_modules = config.later.clone();
     let mut server = start_server(&config)?;
     wait_for_server()?;

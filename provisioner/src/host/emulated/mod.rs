@@ -4,7 +4,7 @@
 //!
 //! - `machine`: start, stop, and what can be told of it; `supervisor`: the process that stands for it
 //! - `kernel`, `keys`, `tools`, `files`: what it is made of
-//! - `init`, `netlink`, `orders`: its first process; `console`: what it says
+//! - `init`, `netlink`, `orders`: its first process; `console`: what it says; `clock`: its time
 //! - `carry`: commands that are carried into it, from outside; `carried`: the same from inside; `request`, `ssh` and
 //!   `line` are what goes between the two
 //! - `corrections`: two faults of QEMU's that would crash nodes
@@ -12,6 +12,7 @@
 
 pub mod carried;
 pub mod carry;
+mod clock;
 mod console;
 pub mod corrections;
 pub mod files;

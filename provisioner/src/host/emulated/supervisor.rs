@@ -19,7 +19,9 @@ use rustix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{State, console::Console, corrections, files::Files, forwards, init, kernel, qmp::Qmp};
+use super::{
+    State, clock::Clock, console::Console, corrections, files::Files, forwards, init, kernel, qmp::Qmp,
+};
 use crate::{json_file, lock, paths::Paths, say::say};
 
 /// How long the machine may take until commands can come in.
@@ -126,15 +128,17 @@ fn supervise(files: &Files) -> Result<(), Error> {
         .ok_or_else(|| failed("cannot read its configuration")(io::ErrorKind::NotFound.into()))?;
     std::env::set_current_dir("/").map_err(failed("cannot enter /"))?;
 
+    let clock = Clock::listen().map_err(failed("cannot listen on 127.0.0.1"))?;
     let mut virtiofsd = start_virtiofsd(files, &config).map_err(failed("cannot start virtiofsd"))?;
     // QEMU holds the lock too: the machine is gone only when QEMU is.
     rustix::io::fcntl_setfd(&machine, rustix::io::FdFlags::empty()).map_err(|e| failed("fcntl")(e.into()))?;
-    let mut qemu = start_qemu(files, &config).map_err(failed("cannot start QEMU"))?;
+    let mut qemu = start_qemu(files, &config, &clock).map_err(failed("cannot start QEMU"))?;
     let console = qemu.stdout.take().ok_or_else(|| failed("no console")(io::ErrorKind::BrokenPipe.into()))?;
     let mut console =
         Console::new(console, &files.log("console")).map_err(failed("cannot write console.log"))?;
 
-    let ended = run_until_end(files, &config, &mut machine, &mut console, [&mut virtiofsd, &mut qemu]);
+    let ended =
+        run_until_end(files, &config, &mut machine, &clock, &mut console, [&mut virtiofsd, &mut qemu]);
     // Either of them is no machine without the other.
     for child in [&mut qemu, &mut virtiofsd] {
         let _ = child.kill();
@@ -148,6 +152,7 @@ fn run_until_end(
     files: &Files,
     config: &Config,
     machine: &mut File,
+    clock: &Clock,
     console: &mut Console,
     [virtiofsd, qemu]: [&mut Child; 2],
 ) -> Result<(), Error> {
@@ -161,10 +166,11 @@ fn run_until_end(
         let mut waits = [
             PollFd::new(&virtiofsd_end, PollFlags::IN),
             PollFd::new(&qemu_end, PollFlags::IN),
+            PollFd::new(clock.listener(), PollFlags::IN),
             PollFd::from_borrowed_fd(console.pipe.as_fd(), PollFlags::IN),
         ];
         // A console that was closed is no longer waited for: it would be ready for ever.
-        let count = if console.open { 3 } else { 2 };
+        let count = if console.open { 4 } else { 3 };
         let left = limit.saturating_duration_since(Instant::now());
         let timeout = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: 1, tv_nsec: 0 });
         match poll(waits.get_mut(..count).unwrap_or_default(), (!ready).then_some(&timeout)) {
@@ -172,6 +178,7 @@ fn run_until_end(
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(failed("poll")(errno.into())),
         }
+        clock.serve();
         for line in console.read() {
             if line == init::READY && !ready {
                 // No guest has run in it yet.
@@ -264,7 +271,7 @@ fn start_virtiofsd(files: &Files, config: &Config) -> io::Result<Child> {
     die_with_us(&mut command).spawn()
 }
 
-fn start_qemu(files: &Files, config: &Config) -> io::Result<Child> {
+fn start_qemu(files: &Files, config: &Config, clock: &Clock) -> io::Result<Child> {
     remove(&files.qmp_socket())?;
     let kernel = files.kernel();
     let mut command = Command::new(&config.qemu);
@@ -284,9 +291,10 @@ fn start_qemu(files: &Files, config: &Config) -> io::Result<Child> {
         .arg(kernel::image(&kernel))
         .arg("-append")
         .arg(format!(
-            "root={VIRTIOFS_TAG} rootfstype=virtiofs rw {KERNEL_ARGUMENTS} init=\"{}\" -- host-init \"{}\"",
+            "root={VIRTIOFS_TAG} rootfstype=virtiofs rw {KERNEL_ARGUMENTS} init=\"{}\" -- host-init \"{}\" {}",
             config.lab.display(),
-            files.init().display()
+            files.init().display(),
+            clock.port()?
         ))
         .arg("-chardev")
         .arg(format!("socket,id=fs,path={}", comma(&files.virtiofs_socket())))

@@ -25,7 +25,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 const BUFFER_SIZE: usize = 4096;
 
 fn config(folder: &Path) -> VsockConfig {
-    VsockConfig { cid: CID as u32, socket: folder.join("vsock"), notify_port: None }
+    VsockConfig { cid: CID as u32, socket: folder.join("vsock"), notify_port: None, clock_port: None }
 }
 
 /// A device and the guest's driver.
