@@ -149,7 +149,7 @@ fn a_lab_s_life() {
     let (_, said) =
         lab.shell("master", "readlink /tmp/cp/link; cat /tmp/cp/link; sha256sum blob | cut -c1-64", b"");
     let labfile = std::fs::read_to_string(lab.dir().join("lab.toml")).unwrap();
-    assert_eq!(said.trim(), format!("/tmp/cp/behind\n{}\n{}", labfile.trim(), sum.trim()));
+    assert_eq!(said.trim(), format!("/tmp/cp/behind\n{labfile}{}", sum.trim()));
     lab.run(&["cp", "master:/tmp/cp/l*", "in/"]);
     assert!(std::fs::symlink_metadata(lab.dir().join("in/link")).unwrap().is_file());
     lab.run(&["cp", "master:/tmp/cp/link", "in/blob", "worker1:/tmp/"]);

@@ -165,7 +165,7 @@ mod tests {
     fn bus(folder: &std::path::Path) -> (Devices, PciBus, OwnedFd) {
         let config = config(folder);
         let (input, keep) = rustix::pipe::pipe().unwrap();
-        let memory = memory::map(config.memory_mib).unwrap();
+        let memory = memory::map(config.memory_mib, false).unwrap();
         let wires = Arc::new(Recorder::default());
         let (devices, bus) = Devices::new(&config, &memory, wires, input, Box::new(std::io::sink())).unwrap();
         (devices, bus, keep)
@@ -224,7 +224,7 @@ mod tests {
         config.disks = vec![config.disks[0].clone(); SLOTS];
         config.disks.iter_mut().for_each(|disk| disk.read_only = true);
         let (input, _keep) = rustix::pipe::pipe().unwrap();
-        let memory = memory::map(32).unwrap();
+        let memory = memory::map(32, false).unwrap();
         let made =
             Devices::new(&config, &memory, Arc::new(Recorder::default()), input, Box::new(std::io::sink()));
         assert!(matches!(made, Err(Error::TooMany(_))));

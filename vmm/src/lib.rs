@@ -17,6 +17,7 @@ pub mod cpu;
 pub mod devices;
 pub mod ending;
 pub mod guest_clock;
+pub mod host_kernel;
 pub mod layout;
 pub mod lock;
 pub mod machine;

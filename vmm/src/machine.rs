@@ -27,7 +27,7 @@ use crate::{
     cpu::{self, Counters, Cpus, Surroundings, cpuid},
     devices::{self, Devices},
     ending::{End, Ending},
-    guest_clock, layout, memory,
+    guest_clock, host_kernel, layout, memory,
     notify::Notify,
     pci::wires::KvmWires,
     platform::{Line, Platform},
@@ -39,7 +39,7 @@ use crate::{
 /// Why a machine cannot be made or run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration asks for what there is not.
+    /// The configuration asks for what there is not, or the host has not what each machine needs.
     #[error("{0}")]
     Config(String),
     /// There is no KVM.
@@ -399,6 +399,9 @@ impl Parts {
         let notify = Notify::new(config.vsock.as_ref())?;
         let (hub, input) = Hub::new(&config.console)?;
         let kvm_fd = Kvm::new().map_err(Error::NoKvm)?;
+        if let Some(sentence) = host_kernel::missing(&kvm_fd) {
+            return Err(Error::Config(sentence));
+        }
         let vm = Arc::new(create_vm(&kvm_fd)?);
         memory::register(&vm, memory)?;
         let ending = Arc::new(Ending::new().map_err(io("make an event"))?);

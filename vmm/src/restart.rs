@@ -3,7 +3,7 @@
 
 use std::{
     ffi::OsString,
-    fs::File,
+    fs::{self, File},
     io::{self, Seek, Write},
     os::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd},
@@ -31,7 +31,8 @@ fn prepare(config: &VmConfig, lock: Option<&Lock>, quick_resets: u32) -> io::Res
     // Whatever is still open, made by whichever library, does not go along.
     // SAFETY: marks descriptors to be closed by exec; nothing is closed now, no memory is touched.
     if unsafe { libc::close_range(3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_int) } != 0 {
-        return Err(io::Error::last_os_error());
+        // Linux before 5.11.
+        close_all_on_exec()?;
     }
     // The file that the configuration came from may be another one by now.
     let mut file = File::from(memfd_create("lab-vmm-config", MemfdFlags::CLOEXEC)?);
@@ -52,6 +53,18 @@ fn prepare(config: &VmConfig, lock: Option<&Lock>, quick_resets: u32) -> io::Res
     Ok((command, file))
 }
 
+/// Marks each open descriptor, of which no other thread opens more now, to be closed by exec.
+fn close_all_on_exec() -> io::Result<()> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let number = entry?.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok());
+        if let Some(fd) = number.filter(|fd| *fd > libc::STDERR_FILENO) {
+            // SAFETY: changes a flag of a descriptor; one that is not open any more, as the folder's own, gives an error.
+            unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
+        }
+    }
+    Ok(())
+}
+
 /// Take a descriptor that the process before us has left open for us.
 pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_GETFD only looks at the number; a descriptor that is not open gives an error.
@@ -63,4 +76,17 @@ pub fn inherit(fd: RawFd) -> io::Result<OwnedFd> {
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_marked_on_an_old_kernel_too() {
+        let file = tempfile::tempfile().unwrap();
+        fcntl_setfd(&file, FdFlags::empty()).unwrap();
+        close_all_on_exec().unwrap();
+        assert!(rustix::io::fcntl_getfd(&file).unwrap().contains(FdFlags::CLOEXEC));
+    }
 }

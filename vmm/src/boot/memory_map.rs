@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn ranges_are_ordered_and_do_not_overlap() {
         for mib in [32, 3072, 8192] {
-            let map = build(&crate::memory::map(mib).unwrap());
+            let map = build(&crate::memory::map(mib, false).unwrap());
             assert!(map.windows(2).all(|pair| pair[0].start + pair[0].size <= pair[1].start), "{map:x?}");
             let ram: u64 = map.iter().filter(|r| r.kind == Kind::Ram).map(|r| r.size).sum();
             assert_eq!(ram, mib * layout::MIB - (layout::HIGH_RAM - layout::LOW_RAM_END));

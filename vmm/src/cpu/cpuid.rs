@@ -6,6 +6,8 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
+use crate::host_kernel;
+
 /// What a CPU of this host can be, before it is told which CPU of the guest it is.
 pub struct Template {
     /// What KVM says.
@@ -21,8 +23,12 @@ impl Template {
         let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let supported = cpuid.as_slice().to_vec();
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let async_page_faults = host_kernel::async_page_faults();
         for entry in cpuid.as_mut_slice() {
             common(entry, tsc_deadline);
+            if !async_page_faults {
+                hide_async_page_faults(entry);
+            }
         }
         let amd = cpuid.as_slice().iter().any(|entry| entry.function == 0 && is_amd(entry));
         Ok(Self { supported, cpuid, amd })
@@ -122,6 +128,16 @@ fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
         // it was when the machine is paused or restored.
         (0x8000_0007, _) => set(&mut entry.edx, 8, false),
         _ => {}
+    }
+}
+
+/// KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT (Linux, virt/kvm/x86/cpuid.rst): before Linux 5.13, a guest that waits for a page
+/// in this way spins.
+fn hide_async_page_faults(entry: &mut kvm_cpuid_entry2) {
+    if entry.function == 0x4000_0001 {
+        for bit in [4, 10, 14] {
+            set(&mut entry.eax, bit, false);
+        }
     }
 }
 
@@ -241,6 +257,16 @@ mod tests {
             assert_eq!(told(leaf, index), [0; 4], "{leaf:#x}.{index}");
         }
         assert_eq!(told(0xd, 9), [u32::MAX; 4]);
+    }
+
+    #[test]
+    fn an_old_kernel_s_guests_know_no_asynchronous_page_faults() {
+        let mut leaf = entry(0x4000_0001);
+        hide_async_page_faults(&mut leaf);
+        assert_eq!((!leaf.eax, leaf.edx), (1 << 4 | 1 << 10 | 1 << 14, u32::MAX));
+        let mut other = entry(1);
+        hide_async_page_faults(&mut other);
+        assert_eq!(other.eax, u32::MAX);
     }
 
     #[test]

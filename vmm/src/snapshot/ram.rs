@@ -82,7 +82,11 @@ type Piece = (*mut u8, usize);
 impl GuestRam {
     /// Memory that nobody has touched.
     pub fn new(mib: u64) -> Result<Self, memory::Error> {
-        let memory = memory::map(mib)?;
+        Self::untouched(mib, true)
+    }
+
+    fn untouched(mib: u64, huge: bool) -> Result<Self, memory::Error> {
+        let memory = memory::map(mib, huge)?;
         let mapped = vec![false; pieces(&memory).count()];
         Ok(Self { memory, mapped })
     }
@@ -102,7 +106,8 @@ impl GuestRam {
     /// with all others who do so until it is written to; or, with `prefetch`, it is read into memory of the machine's own,
     /// where the guest finds it in large pages, without a fault for each small one.
     pub fn load(file: &File, mib: u64, sums: &Sums, prefetch: bool) -> Result<Self, LoadError> {
-        let mut ram = Self::new(mib)?;
+        // Copies are to take little: what they touch beside the file comes in small pages.
+        let mut ram = Self::untouched(mib, prefetch)?;
         let (found, expected) = (file.metadata()?.len(), length(&ram.memory));
         if found != expected {
             return Err(LoadError::Length { found, expected });
@@ -227,7 +232,11 @@ fn map(piece: Piece, file: &File, index: usize) -> io::Result<()> {
             (index * PIECE) as libc::off_t,
         )
     };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    memory::keep_out_of_core_dumps(piece.0, piece.1);
+    Ok(())
 }
 
 /// Bytes of RAM.

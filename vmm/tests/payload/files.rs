@@ -9,7 +9,7 @@ use crate::{
 
 fn kernel_error(file: &[u8]) -> String {
     let bench = Bench::new(file);
-    let memory = memory::map(32).unwrap();
+    let memory = memory::map(32, false).unwrap();
     let error = boot::load_kernel(&memory, &bench.config.kernel).unwrap_err().to_string();
     let path = bench.config.kernel.display().to_string();
     assert!(error.contains(&path), "{error} names the file");
@@ -58,14 +58,14 @@ fn broken_kernels_are_named() {
         );
         assert!(!error.contains('\n'), "{error}");
     }
-    let memory = memory::map(32).unwrap();
+    let memory = memory::map(32, false).unwrap();
     let error = boot::load_kernel(&memory, "/nonexistent/kernel".as_ref()).unwrap_err().to_string();
     assert!(error.starts_with("cannot read kernel /nonexistent/kernel: "), "{error}");
 }
 
 #[test]
 fn whole_kernels_are_loaded() {
-    let memory = memory::map(64).unwrap();
+    let memory = memory::map(64, false).unwrap();
     for file in [elf(&code()), bzimage(&code())] {
         let bench = Bench::new(&file);
         boot::load_kernel(&memory, &bench.config.kernel).unwrap();
@@ -88,12 +88,12 @@ fn broken_initrds_are_named() {
         (&long, "is cut short: its member at byte 0"),
     ] {
         std::fs::write(bench.path("initrd"), file).unwrap();
-        let memory = memory::map(32).unwrap();
+        let memory = memory::map(32, false).unwrap();
         let error = boot::load_initrds(&memory, &[bench.path("initrd")]).unwrap_err().to_string();
         assert!(error.contains(says) && error.contains("initrd"), "{says:?}: {error}");
     }
     std::fs::File::create(bench.path("initrd")).unwrap().set_len(1 << 40).unwrap();
-    let error = boot::load_initrds(&memory::map(32).unwrap(), &[bench.path("initrd")]).unwrap_err();
+    let error = boot::load_initrds(&memory::map(32, false).unwrap(), &[bench.path("initrd")]).unwrap_err();
     assert!(error.to_string().contains("give the machine more memory"), "{error}");
 }
 
@@ -104,7 +104,7 @@ fn initrds_are_laid_one_after_the_other() {
     let gzip = b"\x1f\x8babcdefg";
     std::fs::write(bench.path("a"), gzip).unwrap();
     std::fs::write(bench.path("b"), cpio("x")).unwrap();
-    let memory = memory::map(32).unwrap();
+    let memory = memory::map(32, false).unwrap();
     let initrd = boot::load_initrds(&memory, &[bench.path("a"), bench.path("b")]).unwrap().unwrap();
     assert_eq!(initrd.size, 12 + cpio("x").len() as u64);
     assert_eq!(initrd.address % 4096, 0);

@@ -7,7 +7,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
     net::{Ipv4Addr, TcpStream},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
@@ -181,6 +181,11 @@ fn private(path: impl AsRef<Path>, mode: u32) -> Result<(), Error> {
 fn mounts(config: &InitConfig) -> Result<(), Error> {
     mount_at("proc", "/proc", "")?;
     mount_at("sysfs", "/sys", "")?;
+    // What udev would add, and bash's `<(…)` wants.
+    for (link, target) in [("fd", ""), ("stdin", "/0"), ("stdout", "/1"), ("stderr", "/2")] {
+        let link = format!("/dev/{link}");
+        symlink(format!("/proc/self/fd{target}"), &link).map_err(failed(link))?;
+    }
     private("/dev/pts", 0o755)?;
     private("/dev/shm", 0o755)?;
     mount_at("devpts", "/dev/pts", "mode=0620,gid=5,ptmxmode=0666")?;
