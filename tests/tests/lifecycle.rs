@@ -197,8 +197,30 @@ fn a_lab_s_life() {
     assert_eq!((lab.state_of("master"), lab.state_of("worker1")), ("stopped".into(), "stopped".into()));
     lab.run(&["up"]);
     assert_eq!(lab.shell("master", "cat /srv/more", b"").1, "more\n");
+    // A larger disk takes a restart, a smaller one a new node.
+    let grows = |from: u32, to: u32| {
+        let mut waiting = Waiting::new("the file system's growth", std::time::Duration::from_secs(120));
+        loop {
+            let mib = lab.shell("worker1", "df -m / | awk 'END { print $2 }'", b"").1;
+            if mib.trim().parse().is_ok_and(|mib: u32| (from..=to).contains(&mib)) {
+                break;
+            }
+            assert!(!waiting.is_over(&mib), "it has {mib} MiB, not {from} to {to}");
+        }
+    };
+    grows(200, 256);
+    let larger = text.replacen("disk = \"256MiB\"\ndisks", "disk = \"640MiB\"\ndisks", 1);
+    lab.rewrite(&larger.replacen("disk = \"256MiB\"", "disk = \"128MiB\"", 1));
+    let up = lab_tests::output(lab.command(&["up"]), b"");
+    let said = lab_tests::text(&up);
+    assert!(
+        said.contains("has 256MiB, the labfile says 640MiB: `lab restart worker1` makes it larger"),
+        "{said}"
+    );
+    assert!(said.contains("has 256MiB, the labfile says 128MiB: disks don't become smaller"), "{said}");
     lab.run(&["restart", "worker1"]);
     assert_eq!(lab.shell("worker1", "hostname", b"").1, "worker1\n");
+    grows(550, 640);
 
     // The folder of its sockets has gone with the session that it was brought up in: nothing is reached, until `up` has
     // begun again.

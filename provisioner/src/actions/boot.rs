@@ -1,6 +1,7 @@
 //! A node's machine: a `lab-vmm` with its disks and its card in the lab's network.
 
 use std::{
+    cmp::Ordering,
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -9,14 +10,14 @@ use std::{
 
 use lab_vmm::{
     config::{ConsoleConfig, DiskConfig, DiskFormat, NetConfig, VmConfig, VsockConfig},
-    control as vmm,
+    control as vmm, qcow2,
 };
 
 use super::{Action, Error, cloud_init, disk, ready};
 use crate::{
     channel, child, control, json_file, lab,
     lab::Lab,
-    labfile::topology::Node,
+    labfile::{show_size as size, topology::Node},
     progress::Task,
     snapshot,
     state::{self, NodeState},
@@ -77,6 +78,17 @@ impl Action for Boot {
                 }
             }
         }
+        for (index, (is, wanted)) in self.disk_sizes(lab)?.into_iter().enumerate() {
+            let name = &self.node.name;
+            match is.cmp(&wanted) {
+                Ordering::Less => lab.progress.warn(&format!(
+                    "disk {index} of {name} has {}, the labfile says {}: `lab restart {name}` makes it larger",
+                    size(is),
+                    size(wanted)
+                )),
+                _ => self.warn_if_too_large(lab, index, is, wanted),
+            }
+        }
         Ok(true)
     }
 
@@ -96,6 +108,10 @@ impl Action for Boot {
         drop(fs::remove_file(ready::marker(lab, name)));
         drop(fs::remove_file(ready::behind(lab, name)));
         lab.channel(name).close();
+        // A snapshot's disks are as large as its machine knows them.
+        if self.snapshot.is_none() {
+            self.grow_disks(lab)?;
+        }
         let host_key = channel::ensure_key(&dir.join("ssh_host_ed25519_key"))?;
         let trusted = format!("{name} {host_key}\n");
         json_file::write_bytes(&channel::known_hosts(&lab.dirs, name), trusted.as_bytes())?;
@@ -146,6 +162,44 @@ impl Boot {
     fn stands_still(&self, lab: &Lab) -> bool {
         let socket = lab.dirs.node_socket(&self.node.name, "ctl");
         control::vmm_status(&socket).is_ok_and(|status| status.paused)
+    }
+
+    /// How large each disk is, and how large the labfile wants it, in bytes. Of a labfile that has more disks than the node,
+    /// those that are there.
+    fn disk_sizes(&self, lab: &Lab) -> Result<Vec<(u64, u64)>, Error> {
+        let (manifest, _) = lab.image_of(&self.node.name)?;
+        let root = self.node.disk_bytes.max(manifest.root_bytes);
+        let wanted = [root].into_iter().chain(self.node.extra_disks_bytes.iter().copied());
+        let disks = wanted.enumerate().map(|(index, wanted)| (self.disk(lab, index), wanted));
+        disks
+            .filter(|(disk, _)| disk.exists())
+            .map(|(disk, wanted)| Ok((qcow2::info(&disk)?.size_bytes, wanted)))
+            .collect()
+    }
+
+    fn disk(&self, lab: &Lab, index: usize) -> PathBuf {
+        lab.dirs.node(&self.node.name).join(disk::file_name(index))
+    }
+
+    /// Makes disks larger that the labfile wants larger; file systems on them grow as the guest likes.
+    fn grow_disks(&self, lab: &Lab) -> Result<(), Error> {
+        for (index, (is, wanted)) in self.disk_sizes(lab)?.into_iter().enumerate() {
+            qcow2::grow(&self.disk(lab, index), wanted)?;
+            self.warn_if_too_large(lab, index, is, wanted);
+        }
+        Ok(())
+    }
+
+    fn warn_if_too_large(&self, lab: &Lab, index: usize, is: u64, wanted: u64) {
+        if is > wanted {
+            let name = &self.node.name;
+            lab.progress.warn(&format!(
+                "disk {index} of {name} has {}, the labfile says {}: disks don't become smaller; `lab destroy {name}` and \
+                 `lab up` make the node anew",
+                size(is),
+                size(wanted)
+            ));
+        }
     }
 
     fn config(&self, lab: &Lab) -> Result<VmConfig, Error> {

@@ -39,6 +39,7 @@ pub use forward::parse_forward;
 pub use names::is_label;
 use report::Report;
 pub use schema::schema;
+pub use size::show as show_size;
 pub use templates::templates;
 use topology::Topology;
 

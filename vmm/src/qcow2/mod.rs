@@ -6,6 +6,7 @@
 mod chain;
 mod difference;
 mod flatten;
+mod grow;
 mod header;
 pub(crate) mod qemu_locks;
 mod repair;
@@ -25,6 +26,7 @@ use crate::config::DiskFormat;
 pub(crate) use chain::{Chain, open, open_file};
 pub use difference::difference;
 pub use flatten::flatten;
+pub use grow::grow;
 use header::Header;
 
 /// Why an image could not be made or opened.
