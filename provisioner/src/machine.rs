@@ -23,6 +23,8 @@ const POWER_OFF_LIMIT_S: u32 = 60;
 const END_LIMIT: Duration = Duration::from_secs(20);
 /// How long a process that has just been started may take until its socket is there.
 const SOCKET_LIMIT: Duration = Duration::from_secs(5);
+/// How exact the times of files are.
+const GRANULARITY: Duration = Duration::from_secs(2);
 
 /// How long until it is told again.
 const TELL_AGAIN: Duration = Duration::from_millis(500);
@@ -67,7 +69,9 @@ pub fn power_off(lab: &Lab, node: &str, force: bool, task: &Task) -> Result<(), 
         lab.progress.warn(&format!("{node} did not react to its power button: its plug was pulled"));
     }
     let log = lab.dirs.node(node).join("vmm.log");
-    end(&lock, &format!("the machine of {node}"), log, || control::ask_vmm(&socket, vmm::Action::Kill))
+    let lost = is_lost(lab, &lab.dirs.node(node).join("vm.json"));
+    let tell = || control::ask_vmm(&socket, vmm::Action::Kill);
+    end(&lock, lost, &format!("the machine of {node}"), log, tell)
 }
 
 /// Ends the lab's network.
@@ -76,7 +80,8 @@ pub fn stop_network(lab: &Lab) -> Result<(), Error> {
         return Ok(());
     }
     let log = lab.dirs.net().join("net.log");
-    end(&state::net_lock(&lab.dirs), "lab-net", log, || {
+    let lost = is_lost(lab, &lab.dirs.net().join("config.json"));
+    end(&state::net_lock(&lab.dirs), lost, "lab-net", log, || {
         control::ask_net(&lab.dirs.net_control(), net::Action::Stop)
     })
 }
@@ -91,8 +96,10 @@ pub fn end_lost(lab: &Lab) -> Result<bool, Error> {
         nodes.iter().map(|node| lab.dirs.node_socket(node, "ctl")).chain(net).collect();
     // One that a killed command has just started makes its socket any moment.
     let end = Instant::now() + SOCKET_LIMIT * lab.patience;
+    let configurations: Vec<PathBuf> = nodes.iter().map(|node| lab.dirs.node(node).join("vm.json")).collect();
+    let lost = configurations.iter().any(|file| is_lost(lab, file));
     while !sockets.iter().all(|socket| socket.exists()) {
-        if Instant::now() > end {
+        if lost || Instant::now() > end {
             let task = lab.progress.begin(&lab.topology.name, "end what cannot be reached");
             nodes.iter().try_for_each(|node| power_off(lab, node, true, &task))?;
             stop_network(lab)?;
@@ -104,21 +111,35 @@ pub fn end_lost(lab: &Lab) -> Result<bool, Error> {
     Ok(false)
 }
 
-/// Tells the holder of a lock to end until it has. One that a killed command has just started hears nothing at first.
+/// Whether a process that was started with this configuration has no socket any more: the folder of sockets is younger than
+/// it, and nothing has come into it.
+fn is_lost(lab: &Lab, configuration: &Path) -> bool {
+    let time = |path: &Path| fs::metadata(path).and_then(|data| data.modified());
+    let empty = fs::read_dir(&lab.dirs.sockets).is_ok_and(|mut entries| entries.next().is_none());
+    match (time(&lab.dirs.sockets), time(configuration)) {
+        (Ok(folder), Ok(started)) => empty && folder > started + GRANULARITY,
+        _ => false,
+    }
+}
+
+/// Tells the holder of a lock to end until it has. One that a killed command has just started hears nothing at first; one
+/// that is `lost` never will.
 fn end<R: std::fmt::Debug>(
     lock: &Path,
+    lost: bool,
     process: &str,
     log: PathBuf,
     tell: impl Fn() -> Result<R, control::Error>,
 ) -> Result<(), Error> {
     let start = Instant::now();
     let end = start + END_LIMIT;
+    let limit = if lost { Duration::ZERO } else { SOCKET_LIMIT };
     loop {
         let last = tell();
         if wait_released(lock, TELL_AGAIN) {
             return Ok(());
         }
-        if start.elapsed() > SOCKET_LIMIT
+        if start.elapsed() > limit
             && matches!(&last, Err(control::Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound)
         {
             // Its socket is gone. Where this cannot be, it is told below that the process is still there.
