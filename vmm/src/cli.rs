@@ -42,6 +42,9 @@ pub struct Cli {
     /// Virtual CPUs
     #[arg(long, value_name = "1..32", default_value_t = 1)]
     cpus: u8,
+    /// The guest can run virtual machines of its own
+    #[arg(long)]
+    nested: bool,
     /// Memory: MiB, or with a unit, as in 2GiB
     #[arg(long, value_name = "SIZE", default_value = "256", value_parser = parse_memory)]
     memory: u64,
@@ -124,6 +127,7 @@ impl Cli {
                 initrd: self.initrd.clone(),
                 cmdline: self.cmdline.clone(),
                 cpus: self.cpus,
+                nested: self.nested,
                 memory_mib: self.memory,
                 disks: self.disk.clone(),
                 nets: self.net.clone(),

@@ -20,6 +20,9 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Virtual CPUs, 1 to 32.
     pub cpus: u8,
+    /// Whether the guest's CPUs have VMX or SVM, as the host's have.
+    #[serde(default)]
+    pub nested: bool,
     /// Guest memory in MiB, 32 to 65536.
     pub memory_mib: u64,
     /// Disks in the order in which the guest sees them (vda, vdb, …).

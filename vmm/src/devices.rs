@@ -135,6 +135,7 @@ mod tests {
             initrd: Vec::new(),
             cmdline: String::new(),
             cpus: 1,
+            nested: false,
             memory_mib: 32,
             disks: vec![DiskConfig {
                 path: disk,

@@ -405,7 +405,13 @@ impl Parts {
         let vm = Arc::new(create_vm(&kvm_fd)?);
         memory::register(&vm, memory)?;
         let ending = Arc::new(Ending::new().map_err(io("make an event"))?);
-        let template = cpuid::Template::new(&kvm_fd).map_err(kvm("tell what CPUs it supports"))?;
+        let template =
+            cpuid::Template::new(&kvm_fd, config.nested).map_err(kvm("tell what CPUs it supports"))?;
+        if config.nested && !template.is_nested() {
+            let sentence = "this host's KVM offers its guests no virtual machines of their own: look at `nested` in \
+                            /sys/module/kvm_intel/parameters or kvm_amd, or remove `nested = true`";
+            return Err(Error::Config(sentence.into()));
+        }
         let cpus = (0..config.cpus)
             .map(|index| create_cpu(&vm, &template, index, config.cpus))
             .collect::<Result<_, Error>>()?;

@@ -63,6 +63,7 @@ impl Action for Boot {
         if let Some(running) = running {
             for (what, is, wanted) in [
                 ("cpus", u64::from(running.cpus), u64::from(self.node.cpus)),
+                ("nested", u64::from(running.nested), u64::from(self.node.nested)),
                 ("memory in MiB", running.memory_mib, self.node.memory_mib),
                 (
                     "disks",
@@ -93,8 +94,8 @@ impl Action for Boot {
     }
 
     fn inputs(&self, _lab: &Lab) -> Option<String> {
-        let Node { name, role, ip, mac, cpus, memory_mib, .. } = &self.node;
-        serde_json::to_string(&(name, role, ip, mac, cpus, memory_mib)).ok()
+        let Node { name, role, ip, mac, cpus, nested, memory_mib, .. } = &self.node;
+        serde_json::to_string(&(name, role, ip, mac, cpus, nested, memory_mib)).ok()
     }
 
     fn run(&self, lab: &Lab, task: &Task) -> Result<(), Error> {
@@ -226,6 +227,7 @@ impl Boot {
             initrd: vec![image.join("initrd"), seed],
             cmdline: cmdline(&manifest.cmdline, &record.machine_id, lab.patience > 1),
             cpus: self.node.cpus,
+            nested: self.node.nested,
             memory_mib: self.node.memory_mib,
             disks,
             nets: vec![NetConfig {

@@ -111,6 +111,9 @@ pub struct NodeTable {
     /// Virtual CPUs.
     #[schemars(extend("examples" = [2]), range(min = 1, max = 32), extend("default" = 1))]
     pub cpus: Option<At<u8>>,
+    /// Whether the node can run virtual machines of its own (`/dev/kvm`).
+    #[schemars(extend("examples" = [true]), extend("default" = false))]
+    pub nested: Option<At<bool>>,
     /// Memory: 64MiB to 64GiB.
     #[schemars(extend("examples" = ["2GiB"]), extend("default" = "1GiB"))]
     pub memory: Option<At<String>>,

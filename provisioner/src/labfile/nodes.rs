@@ -61,6 +61,7 @@ pub fn resolve(
             ip,
             mac,
             cpus: table.cpus.as_ref().map_or(1, |cpus| *cpus.get()),
+            nested: table.nested.as_ref().is_some_and(|nested| *nested.get()),
             memory_mib: memory / MIB,
             disk_bytes: size::at(table.disk.as_ref(), 10 * GIB, 64 * MIB..=16 * TIB, &key("disk"), report),
             extra_disks_bytes: extra_disks(table, &key("disks"), report),

@@ -51,6 +51,9 @@ pub struct Node {
     pub mac: String,
     /// Virtual CPUs.
     pub cpus: u8,
+    /// Whether its CPUs can run virtual machines.
+    #[serde(default)]
+    pub nested: bool,
     /// Memory in MiB.
     pub memory_mib: u64,
     /// Size of the root disk in bytes.

@@ -1,5 +1,5 @@
 //! CPUID: what KVM supports, with this machine's topology, and without what a snapshot does not keep or what guests are
-//! better off without: a PMU, nested virtualization, AMX, CET, WAITPKG.
+//! better off without: a PMU, AMX, CET, WAITPKG, and, unless they want it, nested virtualization.
 //!
 //! The guest sees one package of N cores of one thread each; the APIC id of core i is i.
 
@@ -19,13 +19,18 @@ pub struct Template {
 
 impl Template {
     /// Ask KVM.
-    pub fn new(kvm: &Kvm) -> Result<Self, kvm_ioctls::Error> {
+    ///
+    /// With `nested`, guests find VMX or SVM where KVM offers it.
+    pub fn new(kvm: &Kvm, nested: bool) -> Result<Self, kvm_ioctls::Error> {
         let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
         let supported = cpuid.as_slice().to_vec();
         let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
         let async_page_faults = host_kernel::async_page_faults();
         for entry in cpuid.as_mut_slice() {
             common(entry, tsc_deadline);
+            if !nested {
+                hide_virtualization(entry);
+            }
             if !async_page_faults {
                 hide_async_page_faults(entry);
             }
@@ -37,6 +42,11 @@ impl Template {
     /// All that KVM offers on this host.
     pub fn supported(&self) -> &[kvm_cpuid_entry2] {
         &self.supported
+    }
+
+    /// Whether guests can run virtual machines.
+    pub fn is_nested(&self) -> bool {
+        is_nested(self.cpuid.as_slice())
     }
 
     /// Bits of a physical address.
@@ -87,8 +97,6 @@ fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
             set(&mut entry.ecx, 31, true);
             // No performance monitoring (PDCM): a guest would only start its NMI watchdog with it.
             set(&mut entry.ecx, 15, false);
-            // No VMX: a snapshot has no nested state.
-            set(&mut entry.ecx, 5, false);
         }
         (7, 0) => {
             // WAITPKG: a guest would wait for as long as it likes. SHSTK: a snapshot has no shadow stack pointer.
@@ -112,13 +120,12 @@ fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
             set(&mut entry.eax, 4, false);
             entry.ecx &= !(1 << 11 | 1 << 12);
         }
-        // Performance monitoring: none, neither Intel's nor AMD's. The components of CET and AMX; AMX's tiles. SVM.
-        (0xa | 0x8000_0022, _) | (0xd, 11 | 12 | 17 | 18) | (0x1d | 0x1e | 0x8000_000a, _) => {
+        // Performance monitoring: none, neither Intel's nor AMD's. The components of CET and AMX; AMX's tiles.
+        (0xa | 0x8000_0022, _) | (0xd, 11 | 12 | 17 | 18) | (0x1d | 0x1e, _) => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         (0x8000_0001, _) => {
-            // SVM and SKINIT, as VMX.
-            set(&mut entry.ecx, 2, false);
+            // SKINIT.
             set(&mut entry.ecx, 12, false);
             set(&mut entry.ecx, 23, false);
             set(&mut entry.ecx, 24, false);
@@ -129,6 +136,25 @@ fn common(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
         (0x8000_0007, _) => set(&mut entry.edx, 8, false),
         _ => {}
     }
+}
+
+/// Neither VMX nor SVM: who does not want machines in a machine finds no door to them.
+fn hide_virtualization(entry: &mut kvm_cpuid_entry2) {
+    match entry.function {
+        1 => set(&mut entry.ecx, 5, false),
+        0x8000_0001 => set(&mut entry.ecx, 2, false),
+        0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        _ => {}
+    }
+}
+
+/// Whether CPUs that are told this can run virtual machines.
+pub fn is_nested(told: &[kvm_cpuid_entry2]) -> bool {
+    told.iter().any(|entry| match entry.function {
+        1 => entry.ecx & 1 << 5 != 0,
+        0x8000_0001 => entry.ecx & 1 << 2 != 0,
+        _ => false,
+    })
 }
 
 /// KVM_FEATURE_ASYNC_PF, _VMEXIT and _INT (Linux, virt/kvm/x86/cpuid.rst): before Linux 5.13, a guest that waits for a page
@@ -242,6 +268,7 @@ mod tests {
         let told = |function, index| {
             let mut leaf = kvm_cpuid_entry2 { index, ..entry(function) };
             common(&mut leaf, true);
+            hide_virtualization(&mut leaf);
             [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
         };
         let without = |bits: &[u32]| bits.iter().fold(u32::MAX, |word, bit| word & !(1 << bit));
@@ -267,6 +294,15 @@ mod tests {
         let mut other = entry(1);
         hide_async_page_faults(&mut other);
         assert_eq!(other.eax, u32::MAX);
+    }
+
+    #[test]
+    fn virtualization_is_found_where_it_is_wanted() {
+        let mut leaves = [entry(1), entry(0x8000_0001), entry(0x8000_000a)];
+        leaves.iter_mut().for_each(|leaf| common(leaf, true));
+        assert!(is_nested(&leaves) && leaves[2].ebx != 0);
+        leaves.iter_mut().for_each(hide_virtualization);
+        assert!(!is_nested(&leaves) && leaves[2].ebx == 0);
     }
 
     #[test]

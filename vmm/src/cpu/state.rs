@@ -2,15 +2,17 @@
 
 use kvm_bindings::{
     CpuId, Msrs, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave, nested::KvmNestedStateBuffer,
 };
 use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 
-use super::{Error, features, tsc_offset};
+use super::{Error, cpuid, features, tsc_offset};
 
 /// Time stamp counter: before all others, since the timer's deadline counts by it.
 const MSR_TSC: u32 = 0x10;
+/// Intel's switch for VMX (IA32_FEATURE_CONTROL).
+const MSR_FEATURE_CONTROL: u32 = 0x3a;
 /// The local APIC timer's deadline: the last, when the timer's mode and the counter are there.
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// The local APIC's timer register, and its mode that fires at a deadline (Intel SDM vol. 3 §11.5.4).
@@ -40,6 +42,9 @@ pub struct CpuState {
     lapic: kvm_lapic_state,
     events: kvm_vcpu_events,
     msrs: Vec<kvm_msr_entry>,
+    /// Of a CPU that can run virtual machines: what it does about its own.
+    #[serde(default)]
+    nested: Option<KvmNestedStateBuffer>,
 }
 
 /// Take the state of `cpu`, which stands at the gate. `msrs` are those that KVM knows.
@@ -59,8 +64,21 @@ pub fn save(cpu: &VcpuFd, msrs: &[u32]) -> Result<CpuState, Error> {
         lapic: cpu.get_lapic().map_err(&read)?,
         events: cpu.get_vcpu_events().map_err(&read)?,
         msrs: read_msrs(cpu, msrs)?,
+        nested: None,
     };
+    if cpuid::is_nested(&state.cpuid) {
+        state.nested = Some(nested_state(cpu)?);
+    }
     keep_deadline(&mut state);
+    Ok(state)
+}
+
+/// What KVM keeps of the virtual machines of a CPU's guest.
+fn nested_state(cpu: &VcpuFd) -> Result<KvmNestedStateBuffer, Error> {
+    let mut state = KvmNestedStateBuffer::empty();
+    // That it is no longer than its header does not mean that there is none: a guest may have switched VMX on (VMXON) and
+    // have no current machine, or have SVM's global interrupt flag cleared.
+    cpu.nested_state(&mut state).map_err(Error::kvm("read the state of a guest's own virtual machines"))?;
     Ok(state)
 }
 
@@ -127,8 +145,15 @@ pub fn restore(cpu: &VcpuFd, state: &CpuState, boot: Option<(&VcpuFd, &CpuState)
     let cpuid = CpuId::from_entries(&state.cpuid).map_err(|_| write(kvm_ioctls::Error::new(libc::E2BIG)))?;
     cpu.set_cpuid2(&cpuid).map_err(&write)?;
     cpu.set_mp_state(state.mp_state).map_err(&write)?;
-    cpu.set_regs(&state.regs).map_err(&write)?;
     cpu.set_sregs(&state.sregs).map_err(&write)?;
+    if let Some(nested) = &state.nested {
+        // KVM wants VMX or SVM switched on before it: EFER is there, the other's switch is not.
+        let control = state.msrs.iter().filter(|msr| msr.index == MSR_FEATURE_CONTROL);
+        write_msrs(cpu, &control.copied().collect::<Vec<_>>())?;
+        cpu.set_nested_state(nested)
+            .map_err(Error::kvm("restore the state of a guest's own virtual machines"))?;
+    }
+    cpu.set_regs(&state.regs).map_err(&write)?;
     // SAFETY: KVM reads as many bytes as the structure has, since nobody has asked for larger, dynamic features.
     unsafe { cpu.set_xsave(&state.xsave) }.map_err(&write)?;
     cpu.set_xcrs(&state.xcrs).map_err(&write)?;
@@ -186,6 +211,7 @@ mod tests {
                 lapic: Default::default(),
                 events: Default::default(),
                 msrs: vec![entry(MSR_TSC, 1000), entry(MSR_TSC_DEADLINE, deadline)],
+                nested: None,
             };
             // Vector 0xec; the mode is in bits 17 and 18.
             state.lapic.regs[LAPIC_TIMER] = 0xecu8 as _;

@@ -19,7 +19,9 @@ use super::{Error, State, io_error, unusable};
 
 const MAGIC: &[u8; 16] = b"lab-vmm snapshot";
 /// Version of the format: another one for every change of `State`.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
+/// The oldest that can be read: version 4 added the state of nested machines, which older snapshots have none of.
+const OLDEST: u32 = 3;
 const HEADER: usize = 32;
 /// Longest body in bytes: 32 CPUs take 2 MiB, the checksums of 64 GiB another half.
 const BODY_MAX: u64 = 64 << 20;
@@ -59,8 +61,8 @@ fn parse(bytes: &[u8]) -> Result<State, String> {
         return Err("it does not begin as a snapshot does".into());
     }
     let version = number(16, 4);
-    if version != u64::from(VERSION) {
-        return Err(format!("its format has version {version}; this lab-vmm knows version {VERSION}"));
+    if !(u64::from(OLDEST)..=u64::from(VERSION)).contains(&version) {
+        return Err(format!("its format has version {version}; this lab-vmm knows {OLDEST} to {VERSION}"));
     }
     let body = bytes.get(HEADER..).filter(|body| body.len() as u64 == number(24, 8));
     let Some(body) = body else {

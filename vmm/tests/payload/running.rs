@@ -45,6 +45,7 @@ impl Bench {
             initrd: Vec::new(),
             cmdline: String::new(),
             cpus: 1,
+            nested: false,
             memory_mib: 32,
             disks: Vec::new(),
             nets: Vec::new(),
