@@ -9,13 +9,14 @@ use std::{
 use smoltcp::{
     phy::ChecksumCapabilities,
     wire::{
-        ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr,
-        IpProtocol, Ipv4Cidr, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
+        ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Cidr,
+        Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
     },
 };
 
 use crate::{
     frame::{ARP, ETHERNET_LEN, HEADER_LEN, IPV4, MAX_PACKET, Offload, write_headers},
+    icmp_error::Allowance,
     neighbor::Neighbors,
     poller::Poller,
     port::Port,
@@ -51,6 +52,8 @@ pub struct Lan {
     pub neighbors: Neighbors,
     /// The gateway's own address, with the subnet's prefix.
     pub cidr: Ipv4Cidr,
+    /// How many ICMP errors may be sent.
+    pub errors: Allowance,
     mac: EthernetAddress,
     buffer: Box<[u8]>,
     identification: u16,
@@ -64,12 +67,14 @@ impl Lan {
         let [a, b, c, d] = cidr.address().octets();
         // Locally administered, and unlike those that lab gives to cards (52:54:…).
         let mac = EthernetAddress([0x52, 0x55, a, b, c, d]);
+        let now = Instant::now();
         Ok(Lan {
             poller: Poller::new()?,
-            now: Instant::now(),
+            now,
             switch: Switch::new(mac),
             neighbors: Neighbors::default(),
             cidr,
+            errors: Allowance::new(now),
             mac,
             buffer: vec![0; MAX_PACKET].into_boxed_slice(),
             identification: 0,
@@ -182,30 +187,22 @@ impl Lan {
 
     /// Send an ICMP message to a node.
     pub fn send_icmp(&mut self, from: Ipv4Addr, to: Ipv4Addr, message: &Icmpv4Repr) {
-        let total = IP_HEADER.saturating_add(message.buffer_len());
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut Icmpv4Packet::new_unchecked(&mut bytes), &ChecksumCapabilities::default());
+        self.send_icmp_bytes(from, to, &bytes);
+    }
+
+    /// Send an ICMP message, which has its checksum, to a node.
+    pub fn send_icmp_bytes(&mut self, from: Ipv4Addr, to: Ipv4Addr, message: &[u8]) {
+        let total = IP_HEADER.saturating_add(message.len());
         if total > 65535 {
             return;
         }
-        self.lay_ip(from, to, IpProtocol::Icmp, message.buffer_len());
+        self.lay_ip(from, to, IpProtocol::Icmp, message.len());
         if let Some(room) = self.packet_mut(total).get_mut(IP_HEADER..) {
-            message.emit(&mut Icmpv4Packet::new_unchecked(room), &ChecksumCapabilities::default());
+            room.copy_from_slice(message);
             self.send_fragmented(to, total);
         }
-    }
-
-    /// Tell the sender of an IP packet that it could not be delivered (RFC 792).
-    pub fn send_unreachable(&mut self, packet: &Ipv4Packet<&[u8]>, reason: Icmpv4DstUnreachable) {
-        let payload = packet.payload();
-        let header = Ipv4Repr {
-            src_addr: packet.src_addr(),
-            dst_addr: packet.dst_addr(),
-            next_header: packet.next_header(),
-            payload_len: payload.len(),
-            hop_limit: packet.hop_limit(),
-        };
-        let data = payload.get(..payload.len().min(64)).unwrap_or_default();
-        let message = Icmpv4Repr::DstUnreachable { reason, header, data };
-        self.send_icmp(self.gateway(), packet.src_addr(), &message);
     }
 
     /// Handle an ARP packet: learn from it, and answer if it asks for the gateway.

@@ -12,6 +12,7 @@ use rustix::{
 };
 use smoltcp::socket::tcp::{Socket, State};
 
+use super::error_queue;
 use crate::{control::Reply, poller::EventFlags};
 
 /// Time for a node to answer a connection of the gateway.
@@ -46,7 +47,7 @@ pub enum Outcome {
     Going,
     /// Nothing is left to do.
     Finished,
-    /// The host could not connect, for that reason. The node's side is reset when it is next polled.
+    /// The host could not connect, for that reason.
     Unreachable(Errno),
 }
 
@@ -141,9 +142,10 @@ impl HostSide {
             }
             self.stage = Stage::Joined;
             if let Ok(Err(e)) | Err(e) = rustix::net::sockopt::socket_error(&self.socket) {
-                tcp.abort();
                 return Outcome::Unreachable(e);
             }
+            // From now on one router's complaint is no reason to end it (RFC 1122 §4.2.3.9).
+            let _ = error_queue::listen(&self.socket, false);
             tcp.pause_synack(false);
         }
         if let Stage::GuestConnecting(deadline) = self.stage {

@@ -18,7 +18,7 @@ use smoltcp::{
 };
 
 use super::{
-    FlowKey, Outside,
+    FlowKey, Outside, error_queue, seen_as,
     splice::{HostSide, Opener, Outcome},
     stack::{Egress, FlowSocket, Stack},
 };
@@ -30,6 +30,7 @@ use crate::{
         stream::{Progress, Session},
         zone::Zone,
     },
+    icmp_error::IcmpError,
     lan::Lan,
     poller::{EventFlags, Token},
 };
@@ -127,7 +128,7 @@ impl TcpFlows {
         let begins = segment.syn() && !segment.ack() && !segment.rst();
         if begins
             && let Some(id) = self.by_key.get(&key).copied()
-            && self.is_forgotten(id, &segment)
+            && (self.is_forgotten(id, &segment) || self.is_next_probe(id, packet))
         {
             self.remove(id);
         }
@@ -231,6 +232,13 @@ impl TcpFlows {
         !opening && first.seq_number() != syn.seq_number()
     }
 
+    /// Whether a SYN asks for another router than the one before, of which nothing was heard: a traceroute's.
+    fn is_next_probe(&self, id: u64, packet: &Ipv4Packet<&[u8]>) -> bool {
+        let Some(flow) = self.flows.get(&id).filter(|flow| flow.peer.is_connecting()) else { return false };
+        let first = Ipv4Packet::new_checked(flow.syn.as_slice());
+        first.is_ok_and(|first| first.hop_limit() != packet.hop_limit())
+    }
+
     /// A node opens a connection.
     fn open(&mut self, key: FlowKey, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let guest = *key.guest.ip();
@@ -245,7 +253,7 @@ impl TcpFlows {
             let Some(ip) = self.outside.resolve(*key.outside.ip()) else {
                 return lan.send_unreachable(packet, Icmpv4DstUnreachable::NetProhibited);
             };
-            match connect(SocketAddrV4::new(ip, key.outside.port())) {
+            match connect(SocketAddrV4::new(ip, key.outside.port()), packet.hop_limit().saturating_sub(1)) {
                 Ok(socket) => Peer::Host(HostSide::connecting(socket, key.guest)),
                 Err(e) => return self.refuse(e, packet, lan),
             }
@@ -342,10 +350,9 @@ impl TcpFlows {
                 Outcome::Finished => finished = true,
                 Outcome::Unreachable(e) => {
                     // The node takes this as the reason, where the reset that follows would say "refused".
-                    if let (Some(reason), Ok(syn)) =
-                        (unreachable(e), Ipv4Packet::new_checked(flow.syn.as_slice()))
-                    {
-                        lan.send_unreachable(&syn, reason);
+                    finished = tell_why(e, &flow.key, host, &flow.syn, &self.outside, lan);
+                    if !finished {
+                        flow.socket.tcp().abort();
                     }
                 }
             },
@@ -431,14 +438,40 @@ fn room(flows: usize) -> usize {
     }
 }
 
-fn connect(to: SocketAddrV4) -> Result<OwnedFd, Errno> {
+/// Begin a connection, whose packets have that time to live: what was left of the SYN's of the node.
+fn connect(to: SocketAddrV4, ttl: u8) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
     sockopt::set_tcp_nodelay(&socket, true)?;
+    sockopt::set_ip_ttl(&socket, ttl.into())?;
+    error_queue::listen(&socket, true)?;
     match rustix::net::connect(&socket, &to) {
         Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
         Err(e) => Err(e),
     }
+}
+
+/// Tell a node why the host could not connect. Whether that is all that it is to hear: a SYN whose time to live has ended
+/// on the way was not refused by anybody.
+fn tell_why(
+    error: Errno,
+    key: &FlowKey,
+    host: &HostSide,
+    syn: &[u8],
+    outside: &Outside,
+    lan: &mut Lan,
+) -> bool {
+    let Ok(packet) = Ipv4Packet::new_checked(syn) else { return false };
+    if let Some(report) = error_queue::next(host.socket()) {
+        let real = outside.resolve(*key.outside.ip()).unwrap_or(*key.outside.ip());
+        let from = seen_as(report.offender, real, *key.outside.ip(), host.socket(), lan);
+        lan.send_error(from, IcmpError { kind: report.kind, code: report.code, mtu: 0 }, syn);
+        return report.kind == IcmpError::TIME_EXCEEDED.kind;
+    }
+    if let Some(reason) = unreachable(error) {
+        lan.send_unreachable(&packet, reason);
+    }
+    false
 }
 
 /// The ICMP code for what the host says; none where a reset says it.
