@@ -18,7 +18,7 @@ use crate::{
     config::{Forward, Protocol},
     lan::Lan,
     log,
-    nat::{splice::Opener, tcp::TcpFlows},
+    nat::{datagrams::make_room, splice::Opener, tcp::TcpFlows},
     poller::{EventFlags, Token},
 };
 
@@ -275,6 +275,8 @@ fn listen(forward: &Forward) -> Result<OwnedFd, Errno> {
     if forward.protocol == Protocol::Tcp {
         // A port whose last connections have just ended can be taken again.
         sockopt::set_socket_reuseaddr(&socket, true)?;
+    } else {
+        make_room(&socket);
     }
     rustix::net::bind(&socket, &SocketAddrV4::new(forward.bind, forward.host_port))?;
     if forward.protocol == Protocol::Tcp {

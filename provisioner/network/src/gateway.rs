@@ -139,7 +139,7 @@ impl Gateway {
         }
         if packet.more_frags() || packet.frag_offset() != 0 {
             let through = frame.destination.is_unicast() && lan.is_node(packet.src_addr());
-            if through && let Some(whole) = self.fragments.add(&packet, lan.now) {
+            if through && let Some(whole) = self.fragments.add(port, &packet, lan.now) {
                 self.packet(port, frame, &whole, lan);
             }
             return;

@@ -28,6 +28,10 @@ const ERRORS: [u8; 3] = [3, 11, 12];
 /// Errors that are taken from one socket before others have their turn.
 const BURST: usize = 64;
 
+/// Room in bytes for datagrams on their way, in each direction: fifty of 8 KiB at once, each of which costs the kernel 16 KiB
+/// and more. It counts everything twice.
+const ROOM: usize = 1 << 20;
+
 /// The socket.
 #[derive(Debug)]
 pub struct Datagrams {
@@ -61,6 +65,7 @@ impl Datagrams {
     ) -> Result<Datagrams, Errno> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, protocol)?;
+        make_room(&socket);
         error_queue::listen(&socket, true)?;
         rustix::net::connect(&socket, &real)?;
         let (is_echo, real) = (protocol.is_some(), *real.ip());
@@ -148,6 +153,17 @@ impl Datagrams {
             self.dont_frag = Some(packet.dont_frag());
         }
         Ok(())
+    }
+}
+
+/// Make room for datagrams that come at once: as much as root gets, or else as the host gives to all (`net.core.rmem_max`,
+/// `net.core.wmem_max`).
+pub fn make_room(socket: impl AsFd) {
+    if sockopt::set_socket_recv_buffer_size_force(&socket, ROOM).is_err() {
+        let _ = sockopt::set_socket_recv_buffer_size(&socket, ROOM);
+    }
+    if sockopt::set_socket_send_buffer_size_force(&socket, ROOM).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(&socket, ROOM);
     }
 }
 
