@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
@@ -16,9 +16,14 @@ use smoltcp::wire::{Ipv4Packet, UdpPacket};
 
 use crate::{
     config::{Forward, Protocol},
+    hosts::Hosts,
     lan::Lan,
     log,
-    nat::{datagrams::make_room, splice::Opener, tcp::TcpFlows},
+    nat::{
+        datagrams::make_room,
+        splice::{self, Opener},
+        tcp::TcpFlows,
+    },
     poller::{EventFlags, Token},
 };
 
@@ -28,6 +33,9 @@ const MAX_FORWARDS: usize = 1024;
 const MAX_PEERS: usize = 1024;
 /// A peer of a UDP forward is forgotten when nothing was sent either way for so long.
 const IDLE: Duration = Duration::from_secs(120);
+/// Time for a node whose card is not joined: after a reset of the guest's, or a start of this process, a card is back within
+/// a quarter of a second.
+const JOIN_PATIENCE: Duration = Duration::from_secs(1);
 /// Time between two looks for idle peers.
 const SWEEP: Duration = Duration::from_secs(10);
 /// Datagrams that are taken from one socket before others have their turn.
@@ -171,7 +179,7 @@ impl Forwards {
     }
 
     /// A listening socket has something.
-    pub fn ready(&mut self, id: u64, tcp: &mut TcpFlows, lan: &mut Lan) {
+    pub fn ready(&mut self, id: u64, hosts: &Hosts, tcp: &mut TcpFlows, lan: &mut Lan) {
         let Some(Listener { forward, socket }) = self.listeners.get(&id) else { return };
         let node = target(forward);
         match forward.protocol {
@@ -179,7 +187,9 @@ impl Forwards {
                 match rustix::net::accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                     Ok(connection) => {
                         let _ = sockopt::set_tcp_nodelay(&connection, true);
-                        tcp.connect(connection, Opener::Forward, node, Vec::new(), lan);
+                        let absent = is_absent(forward.guest_ip, hosts, lan);
+                        let patience = if absent { JOIN_PATIENCE } else { splice::PATIENCE };
+                        tcp.connect(connection, (Opener::Forward, patience), node, Vec::new(), lan);
                     }
                     Err(Errno::AGAIN) => return,
                     Err(Errno::CONNABORTED | Errno::INTR) => {}
@@ -265,6 +275,16 @@ impl Forwards {
     }
 }
 
+/// Whether nobody can be at an address: it is a node's whose card is not joined, or no card is, and nobody was heard there.
+fn is_absent(ip: Ipv4Addr, hosts: &Hosts, lan: &Lan) -> bool {
+    let mut cards = lan.switch.ports();
+    let joined = match hosts.by_ip(ip) {
+        Some(node) => cards.any(|card| hosts.by_name(&card.name) == Some(node)),
+        None => cards.next().is_some(),
+    };
+    !joined && lan.neighbors.lookup(ip, lan.now).is_none()
+}
+
 fn listen(forward: &Forward) -> Result<OwnedFd, Errno> {
     let kind = match forward.protocol {
         Protocol::Tcp => SocketType::STREAM,
@@ -283,4 +303,91 @@ fn listen(forward: &Forward) -> Result<OwnedFd, Errno> {
         rustix::net::listen(&socket, BACKLOG)?;
     }
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read,
+        net::{TcpListener, TcpStream},
+    };
+
+    use smoltcp::wire::Ipv4Cidr;
+
+    use super::*;
+    use crate::{
+        config::Host,
+        dns::{resolvers::Resolvers, zone::Zone},
+        nat::{Outside, stack::Stack, tcp::Names},
+        port::Port,
+    };
+
+    const NODE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    #[test]
+    fn a_node_that_is_not_there_is_not_waited_for() {
+        let mut lan = Lan::new(Ipv4Cidr::new(Ipv4Addr::new(10, 0, 0, 1), 24)).unwrap();
+        let node = |n: u8| Host {
+            name: format!("n{n}"),
+            mac: format!("52:54:00:00:00:0{n}"),
+            ip: [10, 0, 0, n].into(),
+        };
+        let hosts = Hosts::new(vec![node(2), node(3)], &lan).unwrap();
+        let mut tcp = TcpFlows::new(Stack::new(&mut lan, 1), Outside::default(), None, 8);
+        let mut forwards = Forwards::default();
+        let host_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let forward = Forward {
+            bind: Ipv4Addr::LOCALHOST,
+            host_port,
+            guest_ip: NODE,
+            guest_port: 80,
+            protocol: Protocol::Tcp,
+        };
+        forwards.add(forward, &mut lan).unwrap();
+        let id = *forwards.listeners.keys().next().unwrap();
+        let mut cards = Vec::new();
+        let mut join = |name: &str, lan: &mut Lan| {
+            let (card, end) = std::os::unix::net::UnixStream::pair().unwrap();
+            cards.push(end);
+            let port = Port::new(lan.new_id(), name.into(), card.into());
+            lan.join(port);
+        };
+        let reset = |mut stream: TcpStream| {
+            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.read(&mut [0]).unwrap_err().kind() == std::io::ErrorKind::ConnectionReset
+        };
+        let mut resolvers = Resolvers::new("/none".into(), 9);
+        // What is left of a connection to the forward, second by second.
+        let mut watch = |lan: &mut Lan, seconds: usize| {
+            let stream = TcpStream::connect(("127.0.0.1", host_port)).unwrap();
+            forwards.ready(id, &hosts, &mut tcp, lan);
+            let mut counts = Vec::new();
+            for _ in 0..seconds {
+                for ip in lan.expire() {
+                    tcp.nobody_at(ip, lan.now);
+                }
+                tcp.expire(lan.now);
+                let zone = Zone { domain: "test.lab", hosts: &hosts, cidr: lan.cidr };
+                tcp.run(&mut Names { zone, resolvers: &mut resolvers }, lan);
+                counts.push(tcp.count());
+                lan.now += Duration::from_secs(1);
+            }
+            (stream, counts)
+        };
+        // Another node's card is no reason to wait.
+        join("n3", &mut lan);
+        let (stream, counts) = watch(&mut lan, 2);
+        assert_eq!(counts, [1, 0]);
+        assert!(reset(stream));
+        // That it was asked for is forgotten.
+        (0..3).for_each(|_| {
+            lan.expire();
+            lan.now += Duration::from_secs(1);
+        });
+        // It has a card, and nobody there answers: the fourth second is the end, and not the eleventh.
+        join("n2", &mut lan);
+        let (stream, counts) = watch(&mut lan, 4);
+        assert_eq!(counts, [1, 1, 1, 0]);
+        assert!(reset(stream));
+    }
 }

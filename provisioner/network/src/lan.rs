@@ -102,10 +102,13 @@ impl Lan {
         self.last_id
     }
 
-    /// Join a card. A port of the same name is replaced.
+    /// Join a card. A port of the same name is replaced. Who is wanted may be there: it has not heard the question yet.
     pub fn join(&mut self, port: Port) {
         let gone = self.switch.join(port, &self.poller);
         self.neighbors.forget(&gone);
+        for ip in self.neighbors.wanted() {
+            self.ask(ip);
+        }
     }
 
     /// Forget a card and where its addresses were. A node that comes back is asked for, and a connection to it goes on when
@@ -253,12 +256,14 @@ impl Lan {
         self.switch.deadline().into_iter().chain(self.neighbors.deadline()).min()
     }
 
-    /// Do what is due.
-    pub fn expire(&mut self) {
+    /// Do what is due: the addresses that nobody has answered for.
+    pub fn expire(&mut self) -> Vec<Ipv4Addr> {
         self.switch.expire(self.now, &self.poller);
-        for ip in self.neighbors.expire(self.now) {
+        let (again, absent) = self.neighbors.expire(self.now);
+        for ip in again {
             self.ask(ip);
         }
+        absent
     }
 
     fn ask(&mut self, ip: Ipv4Addr) {

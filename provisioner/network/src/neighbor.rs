@@ -98,6 +98,11 @@ impl Neighbors {
         ask
     }
 
+    /// The addresses that are asked for at the moment.
+    pub fn wanted(&self) -> Vec<Ipv4Addr> {
+        self.asked.keys().copied().collect()
+    }
+
     /// These stations are gone.
     pub fn forget(&mut self, stations: &[EthernetAddress]) {
         self.known.retain(|_, known| !stations.contains(&known.mac));
@@ -108,10 +113,10 @@ impl Neighbors {
         self.asked.values().map(|asked| asked.last + RETRY).min()
     }
 
-    /// The addresses to ask for again. Those that never answered are given up, and their packets with them.
-    pub fn expire(&mut self, now: Instant) -> Vec<Ipv4Addr> {
-        self.asked
-            .retain(|_, asked| asked.tries < TRIES || now.saturating_duration_since(asked.last) < RETRY);
+    /// The addresses to ask for again, and those that never answered: they are given up, and their packets with them.
+    pub fn expire(&mut self, now: Instant) -> (Vec<Ipv4Addr>, Vec<Ipv4Addr>) {
+        let over = |asked: &Asked| asked.tries >= TRIES && now.saturating_duration_since(asked.last) >= RETRY;
+        let absent = self.asked.extract_if(|_, asked| over(asked)).map(|(ip, _)| ip).collect();
         let mut again = Vec::new();
         for (ip, asked) in &mut self.asked {
             if now.saturating_duration_since(asked.last) >= RETRY {
@@ -120,7 +125,7 @@ impl Neighbors {
                 again.push(*ip);
             }
         }
-        again
+        (again, absent)
     }
 }
 
@@ -147,12 +152,12 @@ mod tests {
         let (mut table, mut now) = (Neighbors::default(), Instant::now());
         table.want(IP, Some(b"one"), now);
         for _ in 1..TRIES {
-            assert!(table.expire(now).is_empty());
+            assert_eq!(table.expire(now), (vec![], vec![]));
             now += RETRY;
             assert_eq!(table.deadline(), Some(now));
-            assert_eq!(table.expire(now), [IP]);
+            assert_eq!(table.expire(now), (vec![IP], vec![]));
         }
-        assert!(table.expire(now + RETRY).is_empty());
+        assert_eq!(table.expire(now + RETRY), (vec![], vec![IP]));
         assert_eq!(table.deadline(), None);
     }
 

@@ -1,8 +1,9 @@
 //! Address translation: what nodes send to the world outside goes through sockets of the host, one a flow. Which
-//! addresses there are outside is [`Outside`]'s to say; [`tcp`] ends connections on its own TCP stack ([`stack`])
+//! addresses there are outside is [`Outside`]'s to say; [`tcp`] ends connections on its own TCP stack ([`stack`], [`splice`], [`connect`])
 //! and joins their bytes, [`udp`] and [`icmp`] pass datagrams and echo requests on ([`datagrams`]). What becomes of any of
 //! them on its way is known from the sockets' error queues ([`error_queue`]).
 
+pub mod connect;
 pub mod datagrams;
 pub mod error_queue;
 pub mod icmp;

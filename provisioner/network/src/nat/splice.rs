@@ -16,7 +16,7 @@ use super::error_queue;
 use crate::{control::Reply, poller::EventFlags};
 
 /// Time for a node to answer a connection of the gateway.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Who opened a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,15 +77,15 @@ impl HostSide {
         HostSide::new(socket, Opener::Guest, Stage::HostConnecting, node, Vec::new())
     }
 
-    /// A flow to a node, for a connected `socket`.
+    /// A flow to a node, for a connected `socket`. The node has so long to answer.
     pub fn accepted(
         socket: OwnedFd,
-        opener: Opener,
+        (opener, patience): (Opener, Duration),
         node: SocketAddrV4,
         preface: Vec<u8>,
         now: Instant,
     ) -> HostSide {
-        HostSide::new(socket, opener, Stage::GuestConnecting(now + PATIENCE), node, preface)
+        HostSide::new(socket, opener, Stage::GuestConnecting(now + patience), node, preface)
     }
 
     fn new(socket: OwnedFd, opener: Opener, stage: Stage, node: SocketAddrV4, preface: Vec<u8>) -> HostSide {
@@ -121,6 +121,16 @@ impl HostSide {
             Stage::GuestConnecting(deadline) => Some(deadline),
             _ => None,
         }
+    }
+
+    /// Nobody answers for the node's address: whether a connection of a forward waited for it, and does so no longer. A
+    /// control client goes on waiting, as it may be for a node that starts.
+    pub fn nobody_there(&mut self, now: Instant) -> bool {
+        let waits = self.opener == Opener::Forward && matches!(self.stage, Stage::GuestConnecting(_));
+        if waits {
+            self.stage = Stage::GuestConnecting(now);
+        }
+        waits
     }
 
     /// The poller says what the socket is ready for (edge-triggered: it says so once).

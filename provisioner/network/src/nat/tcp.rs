@@ -3,22 +3,20 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    io::Errno,
-    net::{AddressFamily, SocketFlags, SocketType, sockopt},
-};
+use rustix::io::Errno;
 use smoltcp::{
     socket::tcp::State,
     wire::{Icmpv4DstUnreachable, Ipv4Packet, TcpPacket},
 };
 
 use super::{
-    FlowKey, Outside, error_queue, seen_as,
+    FlowKey, Outside,
+    connect::{connect, tell_why, unreachable},
     splice::{HostSide, Opener, Outcome},
     stack::{Egress, FlowSocket, Stack},
 };
@@ -30,7 +28,6 @@ use crate::{
         stream::{Progress, Session},
         zone::Zone,
     },
-    icmp_error::IcmpError,
     lan::Lan,
     poller::{EventFlags, Token},
 };
@@ -158,11 +155,11 @@ impl TcpFlows {
         }
     }
 
-    /// Join `socket` with a new connection from the gateway to a node.
+    /// Join `socket` with a new connection from the gateway to a node, which has so long to answer.
     pub fn connect(
         &mut self,
         socket: OwnedFd,
-        opener: Opener,
+        opener: (Opener, Duration),
         node: SocketAddrV4,
         preface: Vec<u8>,
         lan: &mut Lan,
@@ -237,6 +234,19 @@ impl TcpFlows {
         let Some(flow) = self.flows.get(&id).filter(|flow| flow.peer.is_connecting()) else { return false };
         let first = Ipv4Packet::new_checked(flow.syn.as_slice());
         first.is_ok_and(|first| first.hop_limit() != packet.hop_limit())
+    }
+
+    /// Nobody is at that address of the lab: connections of forwards to it wait no longer.
+    pub fn nobody_at(&mut self, ip: Ipv4Addr, now: Instant) {
+        let waits = |flow: &mut Flow| match &mut flow.peer {
+            Peer::Host(host) => *flow.key.guest.ip() == ip && host.nobody_there(now),
+            Peer::Dns(_) => false,
+        };
+        let given_up: Vec<u64> =
+            self.flows.iter_mut().filter_map(|(id, flow)| waits(flow).then_some(*id)).collect();
+        for id in given_up {
+            self.schedule(id);
+        }
     }
 
     /// A node opens a connection.
@@ -350,7 +360,7 @@ impl TcpFlows {
                 Outcome::Finished => finished = true,
                 Outcome::Unreachable(e) => {
                     // The node takes this as the reason, where the reset that follows would say "refused".
-                    finished = tell_why(e, &flow.key, host, &flow.syn, &self.outside, lan);
+                    finished = tell_why(e, flow.key.outside, host.socket(), &flow.syn, &self.outside, lan);
                     if !finished {
                         flow.socket.tcp().abort();
                     }
@@ -438,55 +448,9 @@ fn room(flows: usize) -> usize {
     }
 }
 
-/// Begin a connection, whose packets have that time to live: what was left of the SYN's of the node.
-fn connect(to: SocketAddrV4, ttl: u8) -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    sockopt::set_ip_ttl(&socket, ttl.into())?;
-    error_queue::listen(&socket, true)?;
-    match rustix::net::connect(&socket, &to) {
-        Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
-        Err(e) => Err(e),
-    }
-}
-
-/// Tell a node why the host could not connect. Whether that is all that it is to hear: a SYN whose time to live has ended
-/// on the way was not refused by anybody.
-fn tell_why(
-    error: Errno,
-    key: &FlowKey,
-    host: &HostSide,
-    syn: &[u8],
-    outside: &Outside,
-    lan: &mut Lan,
-) -> bool {
-    let Ok(packet) = Ipv4Packet::new_checked(syn) else { return false };
-    if let Some(report) = error_queue::next(host.socket()) {
-        let real = outside.resolve(*key.outside.ip()).unwrap_or(*key.outside.ip());
-        let from = seen_as(report.offender, real, *key.outside.ip(), host.socket(), lan);
-        lan.send_error(from, IcmpError { kind: report.kind, code: report.code, mtu: 0 }, syn);
-        return report.kind == IcmpError::TIME_EXCEEDED.kind;
-    }
-    if let Some(reason) = unreachable(error) {
-        lan.send_unreachable(&packet, reason);
-    }
-    false
-}
-
-/// The ICMP code for what the host says; none where a reset says it.
-fn unreachable(error: Errno) -> Option<Icmpv4DstUnreachable> {
-    match error {
-        Errno::NETUNREACH | Errno::NETDOWN => Some(Icmpv4DstUnreachable::NetUnreachable),
-        Errno::HOSTUNREACH | Errno::HOSTDOWN | Errno::TIMEDOUT => Some(Icmpv4DstUnreachable::HostUnreachable),
-        Errno::ACCESS | Errno::PERM => Some(Icmpv4DstUnreachable::NetProhibited),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, TcpListener};
+    use std::net::TcpListener;
 
     use smoltcp::wire::Ipv4Cidr;
 
