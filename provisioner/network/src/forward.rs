@@ -12,7 +12,10 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt},
 };
-use smoltcp::wire::{Ipv4Packet, UdpPacket};
+use smoltcp::{
+    phy::ChecksumCapabilities,
+    wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket},
+};
 
 use crate::{
     config::{Forward, Protocol},
@@ -219,6 +222,32 @@ impl Forwards {
         true
     }
 
+    /// Take an ICMP message of a node. If it says that nobody takes a forward's datagrams there, that is said: an ordinary
+    /// socket has no way to tell it to the peer.
+    pub fn refused(&self, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
+        let Ok(message) = Icmpv4Packet::new_checked(packet.payload()) else { return };
+        let Ok(Icmpv4Repr::DstUnreachable { reason: Icmpv4DstUnreachable::PortUnreachable, header, data }) =
+            Icmpv4Repr::parse(&message, &ChecksumCapabilities::ignored())
+        else {
+            return;
+        };
+        let &[a, b, c, d, ..] = data else { return };
+        let (from, to) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        let listener = self.peers.get(&from).and_then(|peer| self.listeners.get(&peer.listener));
+        if let Some(Listener { forward, .. }) = listener
+            && (header.src_addr, header.next_header) == (lan.gateway(), IpProtocol::Udp)
+            && target(forward) == SocketAddrV4::new(packet.src_addr(), to)
+        {
+            let words = describe(forward);
+            lan.notices.happened(
+                format_args!(
+                    "forward {words}: nobody listens there, and who sends is not told. Is the program up?"
+                ),
+                lan.now,
+            );
+        }
+    }
+
     /// When [`Forwards::expire`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         self.sweep
@@ -243,14 +272,15 @@ impl Forwards {
             Err(_) => return false,
         };
         let Ok(address) = SocketAddr::try_from(address) else { return true };
-        let Some(port) = self.port_of(id, address, lan.now) else { return true };
+        let Some(port) = self.port_of(id, address, lan) else { return true };
         let from = SocketAddrV4::new(lan.gateway(), port);
         lan.send_udp(from, node, self.buffer.get(..len).unwrap_or_default());
         true
     }
 
     /// The gateway's port for a peer.
-    fn port_of(&mut self, listener: u64, address: SocketAddr, now: Instant) -> Option<u16> {
+    fn port_of(&mut self, listener: u64, address: SocketAddr, lan: &mut Lan) -> Option<u16> {
+        let now = lan.now;
         if let Some(port) = self.ports.get(&(listener, address)) {
             self.peers.get_mut(port)?.active = now;
             return Some(*port);
@@ -259,6 +289,10 @@ impl Forwards {
             && let Some((oldest, _)) = self.peers.iter().min_by_key(|(_, peer)| peer.active)
         {
             let oldest = *oldest;
+            lan.notices.happened(
+                format_args!("UDP forwards have {MAX_PEERS} peers, which is the most: for a new one, the one that was idle for longest is forgotten"),
+                now,
+            );
             self.peers.remove(&oldest);
             self.ports.retain(|_, port| *port != oldest);
         }

@@ -167,6 +167,10 @@ impl Gateway {
         }
         match packet.next_header() {
             IpProtocol::Tcp => self.tcp.input(&packet, lan),
+            IpProtocol::Icmp if to == lan.gateway() => {
+                self.forwards.refused(&packet, lan);
+                self.icmp.input(&packet, lan);
+            }
             IpProtocol::Icmp => self.icmp.input(&packet, lan),
             _ => lan.send_unreachable(&packet, Icmpv4DstUnreachable::ProtoUnreachable),
         }

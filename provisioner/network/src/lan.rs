@@ -17,6 +17,7 @@ use smoltcp::{
 use crate::{
     frame::{ARP, ETHERNET_LEN, HEADER_LEN, IPV4, MAX_PACKET, Offload, write_headers},
     icmp_error::Allowance,
+    log::Notices,
     neighbor::Neighbors,
     poller::Poller,
     port::Port,
@@ -54,6 +55,8 @@ pub struct Lan {
     pub cidr: Ipv4Cidr,
     /// How many ICMP errors may be sent.
     pub errors: Allowance,
+    /// What is said of it now and then.
+    pub notices: Notices,
     mac: EthernetAddress,
     buffer: Box<[u8]>,
     identification: u16,
@@ -75,6 +78,7 @@ impl Lan {
             neighbors: Neighbors::default(),
             cidr,
             errors: Allowance::new(now),
+            notices: Notices::default(),
             mac,
             buffer: vec![0; MAX_PACKET].into_boxed_slice(),
             identification: 0,
@@ -253,12 +257,16 @@ impl Lan {
 
     /// When [`Lan::expire`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
-        self.switch.deadline().into_iter().chain(self.neighbors.deadline()).min()
+        [self.switch.deadline(), self.neighbors.deadline(), self.notices.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Do what is due: the addresses that nobody has answered for.
     pub fn expire(&mut self) -> Vec<Ipv4Addr> {
         self.switch.expire(self.now, &self.poller);
+        self.notices.expire(self.now);
         let (again, absent) = self.neighbors.expire(self.now);
         for ip in again {
             self.ask(ip);

@@ -144,6 +144,10 @@ impl IcmpFlows {
             && let Some((oldest, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
         {
             let oldest = *oldest;
+            lan.notices.happened(
+                format_args!("{MAX_FLOWS} pings are under way, which is the most: for a new one, the one that was idle for longest is closed"),
+                lan.now,
+            );
             if let Some(flow) = self.flows.remove(&oldest) {
                 self.by_key.remove(&flow.key);
             }

@@ -299,7 +299,12 @@ impl TcpFlows {
             && let Some((id, _)) =
                 self.flows.iter().min_by_key(|(_, flow)| (!flow.peer.is_connecting(), flow.active))
         {
-            self.evict(*id, lan);
+            let (id, limit) = (*id, self.limit);
+            lan.notices.happened(
+                format_args!("{limit} TCP connections are open, which is the most: for a new one, the one that was silent for longest is closed"),
+                lan.now,
+            );
+            self.evict(id, lan);
         }
         let id = lan.new_id();
         let socket = FlowSocket::new(room(self.flows.len()));

@@ -114,7 +114,12 @@ impl UdpFlows {
         if self.flows.len() >= self.limit
             && let Some((oldest, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
         {
-            self.remove(*oldest);
+            let (oldest, limit) = (*oldest, self.limit);
+            lan.notices.happened(
+                format_args!("{limit} UDP flows are open, which is the most: for a new one, the one that was idle for longest is closed"),
+                lan.now,
+            );
+            self.remove(oldest);
         }
         let real = SocketAddrV4::new(ip, key.outside.port());
         let socket = Datagrams::udp(real, *key.outside.ip()).map_err(reason)?;
