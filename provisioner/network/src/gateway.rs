@@ -203,7 +203,8 @@ impl Gateway {
     }
 
     fn dhcp(&mut self, port: u64, frame: &Frame, datagram: &UdpPacket<&[u8]>, lan: &mut Lan) {
-        let answer = self.dhcp.handle(datagram.payload(), frame.source, &self.hosts, lan);
+        let search = self.resolvers.search(lan.now);
+        let answer = self.dhcp.handle(datagram.payload(), frame.source, &self.hosts, search, lan);
         if let dhcp::Answer::Lease(ip) = answer
             && let Some(port) = lan.switch.port(port)
             // A container's card behind the node's is not the node.
