@@ -12,10 +12,7 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt},
 };
-use smoltcp::{
-    phy::ChecksumCapabilities,
-    wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Packet, UdpPacket},
-};
+use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, IpProtocol, Ipv4Packet, UdpPacket};
 
 use crate::{
     config::{Forward, Protocol},
@@ -226,16 +223,20 @@ impl Forwards {
     /// socket has no way to tell it to the peer.
     pub fn refused(&self, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let Ok(message) = Icmpv4Packet::new_checked(packet.payload()) else { return };
-        let Ok(Icmpv4Repr::DstUnreachable { reason: Icmpv4DstUnreachable::PortUnreachable, header, data }) =
-            Icmpv4Repr::parse(&message, &ChecksumCapabilities::ignored())
-        else {
+        let reason = Icmpv4DstUnreachable::from(message.msg_code());
+        if (message.msg_type(), reason)
+            != (Icmpv4Message::DstUnreachable, Icmpv4DstUnreachable::PortUnreachable)
+        {
             return;
-        };
-        let &[a, b, c, d, ..] = data else { return };
+        }
+        // Of the datagram, no more than its beginning is quoted: its length says nothing here.
+        let data = message.data();
+        let Some(header) = data.get(..20).map(Ipv4Packet::new_unchecked) else { return };
+        let Some(&[a, b, c, d, ..]) = data.get(usize::from(header.header_len())..) else { return };
         let (from, to) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
         let listener = self.peers.get(&from).and_then(|peer| self.listeners.get(&peer.listener));
         if let Some(Listener { forward, .. }) = listener
-            && (header.src_addr, header.next_header) == (lan.gateway(), IpProtocol::Udp)
+            && (header.src_addr(), header.next_header()) == (lan.gateway(), IpProtocol::Udp)
             && target(forward) == SocketAddrV4::new(packet.src_addr(), to)
         {
             let words = describe(forward);

@@ -19,10 +19,7 @@ use lab_net::{
 };
 use process::{ask, ended, folder, spawn, start};
 use rustix::process::Signal;
-use smoltcp::{
-    phy::ChecksumCapabilities,
-    wire::{Icmpv4DstUnreachable, Icmpv4Repr, Ipv4Packet, Ipv4Repr},
-};
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol};
 
 #[test]
 fn it_starts_once_ends_on_a_signal_and_leaves_nothing() {
@@ -65,23 +62,22 @@ fn a_forward_to_a_port_that_is_closed_is_told_of_once() {
     common::send_icmp(&card, 10, GATEWAY, &hello);
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
     for n in 0..3 {
-        client.send_to(b"a question", ("127.0.0.1", host_port)).unwrap();
+        client.send_to(&[b'?'; 1000], ("127.0.0.1", host_port)).unwrap();
         let got = loop {
             let got = common::receive(&card, common::LIMIT).expect("the datagram");
             if got[26 + 9] == 17 {
                 break got;
             }
         };
-        let ip = Ipv4Packet::new_checked(&got[26..]).unwrap();
-        let header = Ipv4Repr::parse(&ip, &ChecksumCapabilities::default()).unwrap();
-        let mut data = ip.payload().to_vec();
+        // As short as RFC 792 has it.
+        let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0], &got[26..26 + 28]].concat();
         if n == 0 {
             // One that is about something else is passed over.
-            data[3] = 54;
+            message[8 + 20 + 3] = 54;
         }
-        let reason = Icmpv4DstUnreachable::PortUnreachable;
-        let message = Icmpv4Repr::DstUnreachable { reason, header, data: &data };
-        common::send_icmp(&card, 10, GATEWAY, &message);
+        Icmpv4Packet::new_unchecked(message.as_mut_slice()).fill_checksum();
+        let packet = common::ipv4(10, GATEWAY, IpProtocol::Icmp, &message);
+        common::send(&card, &common::packet(common::gateway_mac(), common::mac(10), 0x800, &packet));
     }
     // All of it has been taken once this is answered.
     common::send_icmp(&card, 10, GATEWAY, &Icmpv4Repr::EchoRequest { ident: 1, seq_no: 2, data: b"" });
