@@ -12,7 +12,7 @@ use smoltcp::wire::{
     DHCP_CLIENT_PORT, DHCP_SERVER_PORT, DhcpMessageType, DhcpOption, DhcpPacket, DhcpRepr, EthernetAddress,
 };
 
-use crate::{hosts::Hosts, lan::Lan};
+use crate::{dns, hosts::Hosts, lan::Lan};
 
 /// Length of a lease in seconds: a year.
 const LEASE_SECONDS: u32 = 365 * 24 * 3600;
@@ -28,7 +28,9 @@ const DOMAIN_NAME: u8 = 15;
 const REQUESTED_IP: u8 = 50;
 const MESSAGE_TYPE: u8 = 53;
 const SERVER_IDENTIFIER: u8 = 54;
+const PARAMETERS: u8 = 55;
 const CLIENT_IDENTIFIER: u8 = 61;
+const DOMAIN_SEARCH: u8 = 119;
 /// Offset of the flags field, and its BROADCAST bit.
 const FLAGS: std::ops::Range<usize> = 10..12;
 const BROADCAST: u8 = 0x80;
@@ -67,12 +69,14 @@ impl Dhcp {
         Dhcp { domain, guests: HashMap::new(), declined: HashMap::new() }
     }
 
-    /// Take a client's message, which came from `station`, and send the answer.
+    /// Take a client's message, which came from `station`, and send the answer. `search` are the host's search domains:
+    /// who asks for such gets them behind the lab's own.
     pub fn handle(
         &mut self,
         message: &[u8],
         station: EthernetAddress,
         hosts: &Hosts,
+        search: &[String],
         lan: &mut Lan,
     ) -> Answer {
         let Ok(request) = DhcpPacket::new_checked(message) else { return Answer::None };
@@ -124,6 +128,13 @@ impl Dhcp {
         }
         if !refused {
             additional.push(DhcpOption { kind: DOMAIN_NAME, data: self.domain.as_bytes() });
+        }
+        let domains = dns::search::option(&self.domain, search);
+        if !refused
+            && !search.is_empty()
+            && option(PARAMETERS).is_some_and(|wanted| wanted.contains(&DOMAIN_SEARCH))
+        {
+            additional.push(DhcpOption { kind: DOMAIN_SEARCH, data: &domains });
         }
         if let Some(data) = option(CLIENT_IDENTIFIER) {
             // RFC 6842: it is sent back.
@@ -309,7 +320,7 @@ mod tests {
         let mut bytes = vec![0; message.buffer_len()];
         message.emit(&mut DhcpPacket::new_unchecked(bytes.as_mut_slice())).unwrap();
         lan.now += Duration::from_secs(1);
-        dhcp.handle(&bytes, card(n), &Hosts::default(), lan)
+        dhcp.handle(&bytes, card(n), &Hosts::default(), &[], lan)
     }
 
     #[test]
@@ -376,7 +387,7 @@ mod tests {
                     options.copy_from_slice(&[53, 1, 1]);
                 }
             }
-            Dhcp::new("test.lab".into()).handle(&bytes, card(1), &Hosts::default(), &mut lan);
+            Dhcp::new("test.lab".into()).handle(&bytes, card(1), &Hosts::default(), &["corp.example".into()], &mut lan);
         }
     }
 }

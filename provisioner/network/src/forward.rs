@@ -3,7 +3,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{SocketAddr, SocketAddrV4},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4},
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
@@ -12,13 +12,18 @@ use rustix::{
     io::Errno,
     net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, sockopt},
 };
-use smoltcp::wire::{Ipv4Packet, UdpPacket};
+use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Message, Icmpv4Packet, IpProtocol, Ipv4Packet, UdpPacket};
 
 use crate::{
     config::{Forward, Protocol},
+    hosts::Hosts,
     lan::Lan,
     log,
-    nat::{splice::Opener, tcp::TcpFlows},
+    nat::{
+        datagrams::make_room,
+        splice::{self, Opener},
+        tcp::TcpFlows,
+    },
     poller::{EventFlags, Token},
 };
 
@@ -28,6 +33,9 @@ const MAX_FORWARDS: usize = 1024;
 const MAX_PEERS: usize = 1024;
 /// A peer of a UDP forward is forgotten when nothing was sent either way for so long.
 const IDLE: Duration = Duration::from_secs(120);
+/// Time for a node whose card is not joined: after a reset of the guest's, or a start of this process, a card is back within
+/// a quarter of a second.
+const JOIN_PATIENCE: Duration = Duration::from_secs(1);
 /// Time between two looks for idle peers.
 const SWEEP: Duration = Duration::from_secs(10);
 /// Datagrams that are taken from one socket before others have their turn.
@@ -171,7 +179,7 @@ impl Forwards {
     }
 
     /// A listening socket has something.
-    pub fn ready(&mut self, id: u64, tcp: &mut TcpFlows, lan: &mut Lan) {
+    pub fn ready(&mut self, id: u64, hosts: &Hosts, tcp: &mut TcpFlows, lan: &mut Lan) {
         let Some(Listener { forward, socket }) = self.listeners.get(&id) else { return };
         let node = target(forward);
         match forward.protocol {
@@ -179,7 +187,9 @@ impl Forwards {
                 match rustix::net::accept_with(socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
                     Ok(connection) => {
                         let _ = sockopt::set_tcp_nodelay(&connection, true);
-                        tcp.connect(connection, Opener::Forward, node, Vec::new(), lan);
+                        let absent = is_absent(forward.guest_ip, hosts, lan);
+                        let patience = if absent { JOIN_PATIENCE } else { splice::PATIENCE };
+                        tcp.connect(connection, (Opener::Forward, patience), node, Vec::new(), lan);
                     }
                     Err(Errno::AGAIN) => return,
                     Err(Errno::CONNABORTED | Errno::INTR) => {}
@@ -209,6 +219,36 @@ impl Forwards {
         true
     }
 
+    /// Take an ICMP message of a node. If it says that nobody takes a forward's datagrams there, that is said: an ordinary
+    /// socket has no way to tell it to the peer.
+    pub fn refused(&self, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
+        let Ok(message) = Icmpv4Packet::new_checked(packet.payload()) else { return };
+        let reason = Icmpv4DstUnreachable::from(message.msg_code());
+        if (message.msg_type(), reason)
+            != (Icmpv4Message::DstUnreachable, Icmpv4DstUnreachable::PortUnreachable)
+        {
+            return;
+        }
+        // Of the datagram, no more than its beginning is quoted: its length says nothing here.
+        let data = message.data();
+        let Some(header) = data.get(..20).map(Ipv4Packet::new_unchecked) else { return };
+        let Some(&[a, b, c, d, ..]) = data.get(usize::from(header.header_len())..) else { return };
+        let (from, to) = (u16::from_be_bytes([a, b]), u16::from_be_bytes([c, d]));
+        let listener = self.peers.get(&from).and_then(|peer| self.listeners.get(&peer.listener));
+        if let Some(Listener { forward, .. }) = listener
+            && (header.src_addr(), header.next_header()) == (lan.gateway(), IpProtocol::Udp)
+            && target(forward) == SocketAddrV4::new(packet.src_addr(), to)
+        {
+            let words = describe(forward);
+            lan.notices.happened(
+                format_args!(
+                    "forward {words}: nobody listens there, and who sends is not told. Is the program up?"
+                ),
+                lan.now,
+            );
+        }
+    }
+
     /// When [`Forwards::expire`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
         self.sweep
@@ -233,14 +273,15 @@ impl Forwards {
             Err(_) => return false,
         };
         let Ok(address) = SocketAddr::try_from(address) else { return true };
-        let Some(port) = self.port_of(id, address, lan.now) else { return true };
+        let Some(port) = self.port_of(id, address, lan) else { return true };
         let from = SocketAddrV4::new(lan.gateway(), port);
         lan.send_udp(from, node, self.buffer.get(..len).unwrap_or_default());
         true
     }
 
     /// The gateway's port for a peer.
-    fn port_of(&mut self, listener: u64, address: SocketAddr, now: Instant) -> Option<u16> {
+    fn port_of(&mut self, listener: u64, address: SocketAddr, lan: &mut Lan) -> Option<u16> {
+        let now = lan.now;
         if let Some(port) = self.ports.get(&(listener, address)) {
             self.peers.get_mut(port)?.active = now;
             return Some(*port);
@@ -249,6 +290,10 @@ impl Forwards {
             && let Some((oldest, _)) = self.peers.iter().min_by_key(|(_, peer)| peer.active)
         {
             let oldest = *oldest;
+            lan.notices.happened(
+                format_args!("UDP forwards have {MAX_PEERS} peers, which is the most: for a new one, the one that was idle for longest is forgotten"),
+                now,
+            );
             self.peers.remove(&oldest);
             self.ports.retain(|_, port| *port != oldest);
         }
@@ -265,6 +310,16 @@ impl Forwards {
     }
 }
 
+/// Whether nobody can be at an address: it is a node's whose card is not joined, or no card is, and nobody was heard there.
+fn is_absent(ip: Ipv4Addr, hosts: &Hosts, lan: &Lan) -> bool {
+    let mut cards = lan.switch.ports();
+    let joined = match hosts.by_ip(ip) {
+        Some(node) => cards.any(|card| hosts.by_name(&card.name) == Some(node)),
+        None => cards.next().is_some(),
+    };
+    !joined && lan.neighbors.lookup(ip, lan.now).is_none()
+}
+
 fn listen(forward: &Forward) -> Result<OwnedFd, Errno> {
     let kind = match forward.protocol {
         Protocol::Tcp => SocketType::STREAM,
@@ -275,10 +330,99 @@ fn listen(forward: &Forward) -> Result<OwnedFd, Errno> {
     if forward.protocol == Protocol::Tcp {
         // A port whose last connections have just ended can be taken again.
         sockopt::set_socket_reuseaddr(&socket, true)?;
+    } else {
+        make_room(&socket);
     }
     rustix::net::bind(&socket, &SocketAddrV4::new(forward.bind, forward.host_port))?;
     if forward.protocol == Protocol::Tcp {
         rustix::net::listen(&socket, BACKLOG)?;
     }
     Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read,
+        net::{TcpListener, TcpStream},
+    };
+
+    use smoltcp::wire::Ipv4Cidr;
+
+    use super::*;
+    use crate::{
+        config::Host,
+        dns::{resolvers::Resolvers, zone::Zone},
+        nat::{Outside, stack::Stack, tcp::Names},
+        port::Port,
+    };
+
+    const NODE: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+
+    #[test]
+    fn a_node_that_is_not_there_is_not_waited_for() {
+        let mut lan = Lan::new(Ipv4Cidr::new(Ipv4Addr::new(10, 0, 0, 1), 24)).unwrap();
+        let node = |n: u8| Host {
+            name: format!("n{n}"),
+            mac: format!("52:54:00:00:00:0{n}"),
+            ip: [10, 0, 0, n].into(),
+        };
+        let hosts = Hosts::new(vec![node(2), node(3)], &lan).unwrap();
+        let mut tcp = TcpFlows::new(Stack::new(&mut lan, 1), Outside::default(), None, 8);
+        let mut forwards = Forwards::default();
+        let host_port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let forward = Forward {
+            bind: Ipv4Addr::LOCALHOST,
+            host_port,
+            guest_ip: NODE,
+            guest_port: 80,
+            protocol: Protocol::Tcp,
+        };
+        forwards.add(forward, &mut lan).unwrap();
+        let id = *forwards.listeners.keys().next().unwrap();
+        let mut cards = Vec::new();
+        let mut join = |name: &str, lan: &mut Lan| {
+            let (card, end) = std::os::unix::net::UnixStream::pair().unwrap();
+            cards.push(end);
+            let port = Port::new(lan.new_id(), name.into(), card.into());
+            lan.join(port);
+        };
+        let reset = |mut stream: TcpStream| {
+            stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+            stream.read(&mut [0]).unwrap_err().kind() == std::io::ErrorKind::ConnectionReset
+        };
+        let mut resolvers = Resolvers::new("/none".into(), 9);
+        // What is left of a connection to the forward, second by second.
+        let mut watch = |lan: &mut Lan, seconds: usize| {
+            let stream = TcpStream::connect(("127.0.0.1", host_port)).unwrap();
+            forwards.ready(id, &hosts, &mut tcp, lan);
+            let mut counts = Vec::new();
+            for _ in 0..seconds {
+                for ip in lan.expire() {
+                    tcp.nobody_at(ip, lan.now);
+                }
+                tcp.expire(lan.now);
+                let zone = Zone { domain: "test.lab", hosts: &hosts, cidr: lan.cidr };
+                tcp.run(&mut Names { zone, resolvers: &mut resolvers }, lan);
+                counts.push(tcp.count());
+                lan.now += Duration::from_secs(1);
+            }
+            (stream, counts)
+        };
+        // Another node's card is no reason to wait.
+        join("n3", &mut lan);
+        let (stream, counts) = watch(&mut lan, 2);
+        assert_eq!(counts, [1, 0]);
+        assert!(reset(stream));
+        // That it was asked for is forgotten.
+        (0..3).for_each(|_| {
+            lan.expire();
+            lan.now += Duration::from_secs(1);
+        });
+        // It has a card, and nobody there answers: the fourth second is the end, and not the eleventh.
+        join("n2", &mut lan);
+        let (stream, counts) = watch(&mut lan, 4);
+        assert_eq!(counts, [1, 1, 1, 0]);
+        assert!(reset(stream));
+    }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use smoltcp::wire::Ipv4Packet;
 
-/// Most packets that are put together at once; when there are more, the oldest is given up.
+/// Most packets of one card that are put together at once; when there are more, the oldest is given up.
 const MAX_PACKETS: usize = 16;
 /// Most fragments of one packet.
 const MAX_FRAGMENTS: usize = 128;
@@ -19,7 +19,8 @@ const HEADER: usize = 20;
 /// Longest payload of an IPv4 packet in bytes.
 const MAX_PAYLOAD: usize = 65535 - HEADER;
 
-type Key = (Ipv4Addr, Ipv4Addr, u8, u16);
+/// Card, source, destination, protocol and identification.
+type Key = (u64, Ipv4Addr, Ipv4Addr, u8, u16);
 
 #[derive(Debug)]
 struct Partial {
@@ -37,19 +38,19 @@ pub struct Reassembly {
 }
 
 impl Reassembly {
-    /// Take a fragment: the whole packet, if this was its last missing one.
-    pub fn add(&mut self, fragment: &Ipv4Packet<&[u8]>, now: Instant) -> Option<Vec<u8>> {
+    /// Take a fragment that came in at `port`: the whole packet, if this was its last missing one.
+    pub fn add(&mut self, port: u64, fragment: &Ipv4Packet<&[u8]>, now: Instant) -> Option<Vec<u8>> {
         self.partial.retain(|_, partial| now.saturating_duration_since(partial.since) < PATIENCE);
         let protocol = u8::from(fragment.next_header());
-        let key = (fragment.src_addr(), fragment.dst_addr(), protocol, fragment.ident());
+        let key = (port, fragment.src_addr(), fragment.dst_addr(), protocol, fragment.ident());
         let (start, payload) = (usize::from(fragment.frag_offset()), fragment.payload());
         let end = start.checked_add(payload.len()).filter(|end| *end <= MAX_PAYLOAD)?;
-        if self.partial.len() >= MAX_PACKETS
-            && !self.partial.contains_key(&key)
-            && let Some((oldest, _)) = self.partial.iter().min_by_key(|(_, partial)| partial.since)
-        {
-            let oldest = *oldest;
-            self.partial.remove(&oldest);
+        if !self.partial.contains_key(&key) {
+            let mine = || self.partial.iter().filter(|((of, ..), _)| *of == port);
+            let oldest = mine().min_by_key(|(_, partial)| partial.since).map(|(key, _)| *key);
+            if let Some(oldest) = oldest.filter(|_| mine().count() >= MAX_PACKETS) {
+                self.partial.remove(&oldest);
+            }
         }
         let partial = self.partial.entry(key).or_insert_with(|| Partial {
             since: now,
@@ -124,8 +125,12 @@ mod tests {
         bytes
     }
 
+    fn add_of(table: &mut Reassembly, port: u64, bytes: &[u8]) -> Option<Vec<u8>> {
+        table.add(port, &Ipv4Packet::new_checked(bytes).unwrap(), Instant::now())
+    }
+
     fn add(table: &mut Reassembly, bytes: &[u8]) -> Option<Vec<u8>> {
-        table.add(&Ipv4Packet::new_checked(bytes).unwrap(), Instant::now())
+        add_of(table, 1, bytes)
     }
 
     #[test]
@@ -158,6 +163,13 @@ mod tests {
             add(&mut table, &fragment(ident, 8, &[0; 8], true));
         }
         assert_eq!(table.partial.len(), MAX_PACKETS);
+        // Another card's are its own affair.
+        let mine = [fragment(1, 0, &[0; 8], true), fragment(1, 8, &[0; 8], false)];
+        assert_eq!(add_of(&mut table, 2, &mine[0]), None);
+        for ident in 0..1000 {
+            add_of(&mut table, 1, &fragment(ident, 8, &[0; 8], true));
+        }
+        assert!(add_of(&mut table, 2, &mine[1]).is_some());
     }
 
     proptest! {

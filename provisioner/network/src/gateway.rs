@@ -17,6 +17,7 @@ use crate::{
     fragment::Reassembly,
     frame::{ARP, Frame, IPV4},
     hosts::Hosts,
+    icmp_error::IcmpError,
     lan::Lan,
     nat::{
         Outside,
@@ -120,6 +121,16 @@ impl Gateway {
         self.relay.expire(&mut self.resolvers, lan);
     }
 
+    /// Whether a packet for the outside has come to the end of its time to live here: the gateway is a hop (RFC 1812
+    /// §5.3.1).
+    fn is_over(packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) -> bool {
+        let over = packet.hop_limit() <= 1 && packet.dst_addr() != lan.gateway();
+        if over {
+            lan.send_error(lan.gateway(), IcmpError::TIME_EXCEEDED, packet.as_ref());
+        }
+        over
+    }
+
     /// Take an IPv4 packet, which came in `frame` or in it and others.
     fn packet(&mut self, port: u64, frame: &Frame, bytes: &[u8], lan: &mut Lan) {
         let Ok(packet) = Ipv4Packet::new_checked(bytes) else { return };
@@ -128,7 +139,7 @@ impl Gateway {
         }
         if packet.more_frags() || packet.frag_offset() != 0 {
             let through = frame.destination.is_unicast() && lan.is_node(packet.src_addr());
-            if through && let Some(whole) = self.fragments.add(&packet, lan.now) {
+            if through && let Some(whole) = self.fragments.add(port, &packet, lan.now) {
                 self.packet(port, frame, &whole, lan);
             }
             return;
@@ -151,8 +162,15 @@ impl Gateway {
             return;
         }
         lan.heard(from, frame.source);
+        if Gateway::is_over(&packet, lan) {
+            return;
+        }
         match packet.next_header() {
             IpProtocol::Tcp => self.tcp.input(&packet, lan),
+            IpProtocol::Icmp if to == lan.gateway() => {
+                self.forwards.refused(&packet, lan);
+                self.icmp.input(&packet, lan);
+            }
             IpProtocol::Icmp => self.icmp.input(&packet, lan),
             _ => lan.send_unreachable(&packet, Icmpv4DstUnreachable::ProtoUnreachable),
         }
@@ -161,6 +179,9 @@ impl Gateway {
     fn udp(&mut self, packet: &Ipv4Packet<&[u8]>, datagram: &UdpPacket<&[u8]>, lan: &mut Lan) {
         let to = packet.dst_addr();
         if lan.is_node(to) || Some(to) == lan.cidr.broadcast() {
+            return;
+        }
+        if Gateway::is_over(packet, lan) {
             return;
         }
         if to != lan.gateway() {
@@ -182,7 +203,8 @@ impl Gateway {
     }
 
     fn dhcp(&mut self, port: u64, frame: &Frame, datagram: &UdpPacket<&[u8]>, lan: &mut Lan) {
-        let answer = self.dhcp.handle(datagram.payload(), frame.source, &self.hosts, lan);
+        let search = self.resolvers.search(lan.now);
+        let answer = self.dhcp.handle(datagram.payload(), frame.source, &self.hosts, search, lan);
         if let dhcp::Answer::Lease(ip) = answer
             && let Some(port) = lan.switch.port(port)
             // A container's card behind the node's is not the node.

@@ -9,13 +9,15 @@ use std::{
 use smoltcp::{
     phy::ChecksumCapabilities,
     wire::{
-        ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr,
-        IpProtocol, Ipv4Cidr, Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
+        ArpOperation, ArpPacket, ArpRepr, EthernetAddress, Icmpv4Packet, Icmpv4Repr, IpProtocol, Ipv4Cidr,
+        Ipv4Packet, Ipv4Repr, UdpPacket, UdpRepr,
     },
 };
 
 use crate::{
     frame::{ARP, ETHERNET_LEN, HEADER_LEN, IPV4, MAX_PACKET, Offload, write_headers},
+    icmp_error::Allowance,
+    log::Notices,
     neighbor::Neighbors,
     poller::Poller,
     port::Port,
@@ -51,6 +53,10 @@ pub struct Lan {
     pub neighbors: Neighbors,
     /// The gateway's own address, with the subnet's prefix.
     pub cidr: Ipv4Cidr,
+    /// How many ICMP errors may be sent.
+    pub errors: Allowance,
+    /// What is said of it now and then.
+    pub notices: Notices,
     mac: EthernetAddress,
     buffer: Box<[u8]>,
     identification: u16,
@@ -64,12 +70,15 @@ impl Lan {
         let [a, b, c, d] = cidr.address().octets();
         // Locally administered, and unlike those that lab gives to cards (52:54:…).
         let mac = EthernetAddress([0x52, 0x55, a, b, c, d]);
+        let now = Instant::now();
         Ok(Lan {
             poller: Poller::new()?,
-            now: Instant::now(),
+            now,
             switch: Switch::new(mac),
             neighbors: Neighbors::default(),
             cidr,
+            errors: Allowance::new(now),
+            notices: Notices::default(),
             mac,
             buffer: vec![0; MAX_PACKET].into_boxed_slice(),
             identification: 0,
@@ -97,10 +106,13 @@ impl Lan {
         self.last_id
     }
 
-    /// Join a card. A port of the same name is replaced.
+    /// Join a card. A port of the same name is replaced. Who is wanted may be there: it has not heard the question yet.
     pub fn join(&mut self, port: Port) {
         let gone = self.switch.join(port, &self.poller);
         self.neighbors.forget(&gone);
+        for ip in self.neighbors.wanted() {
+            self.ask(ip);
+        }
     }
 
     /// Forget a card and where its addresses were. A node that comes back is asked for, and a connection to it goes on when
@@ -182,30 +194,22 @@ impl Lan {
 
     /// Send an ICMP message to a node.
     pub fn send_icmp(&mut self, from: Ipv4Addr, to: Ipv4Addr, message: &Icmpv4Repr) {
-        let total = IP_HEADER.saturating_add(message.buffer_len());
+        let mut bytes = vec![0; message.buffer_len()];
+        message.emit(&mut Icmpv4Packet::new_unchecked(&mut bytes), &ChecksumCapabilities::default());
+        self.send_icmp_bytes(from, to, &bytes);
+    }
+
+    /// Send an ICMP message, which has its checksum, to a node.
+    pub fn send_icmp_bytes(&mut self, from: Ipv4Addr, to: Ipv4Addr, message: &[u8]) {
+        let total = IP_HEADER.saturating_add(message.len());
         if total > 65535 {
             return;
         }
-        self.lay_ip(from, to, IpProtocol::Icmp, message.buffer_len());
+        self.lay_ip(from, to, IpProtocol::Icmp, message.len());
         if let Some(room) = self.packet_mut(total).get_mut(IP_HEADER..) {
-            message.emit(&mut Icmpv4Packet::new_unchecked(room), &ChecksumCapabilities::default());
+            room.copy_from_slice(message);
             self.send_fragmented(to, total);
         }
-    }
-
-    /// Tell the sender of an IP packet that it could not be delivered (RFC 792).
-    pub fn send_unreachable(&mut self, packet: &Ipv4Packet<&[u8]>, reason: Icmpv4DstUnreachable) {
-        let payload = packet.payload();
-        let header = Ipv4Repr {
-            src_addr: packet.src_addr(),
-            dst_addr: packet.dst_addr(),
-            next_header: packet.next_header(),
-            payload_len: payload.len(),
-            hop_limit: packet.hop_limit(),
-        };
-        let data = payload.get(..payload.len().min(64)).unwrap_or_default();
-        let message = Icmpv4Repr::DstUnreachable { reason, header, data };
-        self.send_icmp(self.gateway(), packet.src_addr(), &message);
     }
 
     /// Handle an ARP packet: learn from it, and answer if it asks for the gateway.
@@ -253,15 +257,21 @@ impl Lan {
 
     /// When [`Lan::expire`] has something to do.
     pub fn deadline(&self) -> Option<Instant> {
-        self.switch.deadline().into_iter().chain(self.neighbors.deadline()).min()
+        [self.switch.deadline(), self.neighbors.deadline(), self.notices.deadline()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
-    /// Do what is due.
-    pub fn expire(&mut self) {
+    /// Do what is due: the addresses that nobody has answered for.
+    pub fn expire(&mut self) -> Vec<Ipv4Addr> {
         self.switch.expire(self.now, &self.poller);
-        for ip in self.neighbors.expire(self.now) {
+        self.notices.expire(self.now);
+        let (again, absent) = self.neighbors.expire(self.now);
+        for ip in again {
             self.ask(ip);
         }
+        absent
     }
 
     fn ask(&mut self, ip: Ipv4Addr) {

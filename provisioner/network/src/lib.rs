@@ -17,6 +17,7 @@ pub mod fragment;
 pub mod frame;
 pub mod gateway;
 pub mod hosts;
+pub mod icmp_error;
 pub mod lan;
 pub mod listen;
 pub mod log;

@@ -19,8 +19,10 @@ const TRIES: u8 = 3;
 const MAX_KNOWN: usize = 4096;
 /// Most addresses that are asked for at once.
 const MAX_ASKED: usize = 256;
-/// Most packets that wait for one address.
-const MAX_WAITING: usize = 8;
+/// Most bytes of packets that wait for one address: fifty datagrams of 8 KiB fit, in fragments.
+const MAX_WAITING: usize = 512 << 10;
+/// Most bytes of packets that wait, for all addresses together.
+const MAX_WAITING_TOGETHER: usize = 4 << 20;
 
 #[derive(Debug)]
 struct Known {
@@ -33,6 +35,8 @@ struct Asked {
     last: Instant,
     tries: u8,
     waiting: Vec<Vec<u8>>,
+    /// Their length together.
+    bytes: usize,
 }
 
 /// The table.
@@ -79,16 +83,24 @@ impl Neighbors {
             return false;
         }
         let mut ask = false;
+        let together = self.asked.values().map(|asked| asked.bytes).fold(0, usize::saturating_add);
         let asked = self.asked.entry(ip).or_insert_with(|| {
             ask = true;
-            Asked { last: now, tries: 1, waiting: Vec::new() }
+            Asked { last: now, tries: 1, waiting: Vec::new(), bytes: 0 }
         });
         if let Some(packet) = packet
-            && asked.waiting.len() < MAX_WAITING
+            && asked.bytes.saturating_add(packet.len()) <= MAX_WAITING
+            && together.saturating_add(packet.len()) <= MAX_WAITING_TOGETHER
         {
+            asked.bytes = asked.bytes.saturating_add(packet.len());
             asked.waiting.push(packet.to_vec());
         }
         ask
+    }
+
+    /// The addresses that are asked for at the moment.
+    pub fn wanted(&self) -> Vec<Ipv4Addr> {
+        self.asked.keys().copied().collect()
     }
 
     /// These stations are gone.
@@ -101,10 +113,10 @@ impl Neighbors {
         self.asked.values().map(|asked| asked.last + RETRY).min()
     }
 
-    /// The addresses to ask for again. Those that never answered are given up, and their packets with them.
-    pub fn expire(&mut self, now: Instant) -> Vec<Ipv4Addr> {
-        self.asked
-            .retain(|_, asked| asked.tries < TRIES || now.saturating_duration_since(asked.last) < RETRY);
+    /// The addresses to ask for again, and those that never answered: they are given up, and their packets with them.
+    pub fn expire(&mut self, now: Instant) -> (Vec<Ipv4Addr>, Vec<Ipv4Addr>) {
+        let over = |asked: &Asked| asked.tries >= TRIES && now.saturating_duration_since(asked.last) >= RETRY;
+        let absent = self.asked.extract_if(|_, asked| over(asked)).map(|(ip, _)| ip).collect();
         let mut again = Vec::new();
         for (ip, asked) in &mut self.asked {
             if now.saturating_duration_since(asked.last) >= RETRY {
@@ -113,7 +125,7 @@ impl Neighbors {
                 again.push(*ip);
             }
         }
-        again
+        (again, absent)
     }
 }
 
@@ -140,12 +152,12 @@ mod tests {
         let (mut table, mut now) = (Neighbors::default(), Instant::now());
         table.want(IP, Some(b"one"), now);
         for _ in 1..TRIES {
-            assert!(table.expire(now).is_empty());
+            assert_eq!(table.expire(now), (vec![], vec![]));
             now += RETRY;
             assert_eq!(table.deadline(), Some(now));
-            assert_eq!(table.expire(now), [IP]);
+            assert_eq!(table.expire(now), (vec![IP], vec![]));
         }
-        assert!(table.expire(now + RETRY).is_empty());
+        assert_eq!(table.expire(now + RETRY), (vec![], vec![IP]));
         assert_eq!(table.deadline(), None);
     }
 
@@ -158,5 +170,18 @@ mod tests {
         }
         assert_eq!(table.known.len(), MAX_KNOWN);
         assert_eq!(table.asked.len(), MAX_ASKED);
+    }
+
+    #[test]
+    fn a_flood_of_packets_is_bounded() {
+        let (mut table, now) = (Neighbors::default(), Instant::now());
+        for n in 0..20u32 {
+            for _ in 0..1000 {
+                table.want(Ipv4Addr::from(n), Some(&[0; 1500]), now);
+            }
+        }
+        let bytes: Vec<usize> = table.asked.values().map(|asked| asked.waiting.concat().len()).collect();
+        assert_eq!(*bytes.iter().max().unwrap(), MAX_WAITING / 1500 * 1500);
+        assert!((MAX_WAITING_TOGETHER - 1500..=MAX_WAITING_TOGETHER).contains(&bytes.iter().sum()));
     }
 }

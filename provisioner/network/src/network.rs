@@ -27,7 +27,10 @@ use crate::{
     lan::Lan,
     listen::{self, SocketFile},
     log,
-    nat::{Outside, splice::Opener},
+    nat::{
+        Outside,
+        splice::{self, Opener},
+    },
     poller::{EventFlags, Events, Token},
     port::Port,
     switch::MAX_PORTS,
@@ -154,7 +157,9 @@ impl Network {
     fn expire(&mut self) {
         let now = self.lan.now;
         self.nameless.retain(|_, card| now.saturating_duration_since(card.since) < HELLO_PATIENCE);
-        self.lan.expire();
+        for ip in self.lan.expire() {
+            self.gateway.tcp.nobody_at(ip, now);
+        }
         self.gateway.expire(&mut self.lan);
     }
 
@@ -169,7 +174,7 @@ impl Network {
                 self.control.ready(id, flags, &lan.poller);
                 self.requests(id);
             }
-            Token::Forward(id) => gateway.forwards.ready(id, &mut gateway.tcp, lan),
+            Token::Forward(id) => gateway.forwards.ready(id, &gateway.hosts, &mut gateway.tcp, lan),
             Token::Tcp(id) => gateway.tcp.ready(id, flags),
             Token::Udp(id) => gateway.udp.ready(id, lan),
             Token::Icmp(id) => gateway.icmp.ready(id, lan),
@@ -282,7 +287,8 @@ impl Network {
         }
         let (socket, preface) = self.control.take(id, &self.lan.poller)?;
         let node = std::net::SocketAddrV4::new(ip, port);
-        self.gateway.tcp.connect(socket, Opener::Dial, node, preface, &mut self.lan);
+        let opener = (Opener::Dial, splice::PATIENCE);
+        self.gateway.tcp.connect(socket, opener, node, preface, &mut self.lan);
         None
     }
 

@@ -13,8 +13,12 @@ use common::{GATEWAY, Guest, Lab, OUTSIDE, host, ip};
 use lab_net::control::{Action, Reply};
 use smoltcp::{
     iface::SocketHandle,
+    phy::ChecksumCapabilities,
     socket::udp,
-    wire::{DnsPacket, DnsQuestion, DnsRecord, DnsRecordData, IpProtocol, Ipv4Cidr, Ipv4Packet},
+    wire::{
+        DhcpPacket, DnsPacket, DnsQuestion, DnsRecord, DnsRecordData, EthernetAddress, IpProtocol, Ipv4Cidr,
+        Ipv4Packet, Ipv4Repr,
+    },
 };
 
 const A: u16 = 1;
@@ -30,6 +34,45 @@ fn nodes_get_the_addresses_of_the_file() {
     lab.wait_for("the lease", |status| {
         status.ports.iter().any(|port| port.name == "n10" && port.leased == Some(ip(10)))
     });
+}
+
+#[test]
+fn nodes_get_the_hosts_search_domains_if_they_ask_for_them() {
+    let lab = Lab::with(|_, outside| {
+        std::fs::write(&outside.resolv_conf, "search corp.example .\nnameserver 127.0.0.1\n").unwrap();
+    });
+    let card = lab.card("n10");
+    let answers = |parameters: &[u8]| {
+        let mut message = vec![1, 1, 6, 0, 1, 2, 3, 4];
+        message.resize(28, 0);
+        message.extend(common::mac(10).as_bytes());
+        message.resize(236, 0);
+        message.extend([99, 130, 83, 99, 53, 1, 1, 55, parameters.len() as u8]);
+        message.extend(parameters);
+        message.push(255);
+        let mut datagram = [[0, 68], [0, 67], (message.len() as u16 + 8).to_be_bytes(), [0, 0]].concat();
+        datagram.extend(message);
+        let header = Ipv4Repr {
+            src_addr: Ipv4Addr::UNSPECIFIED,
+            dst_addr: Ipv4Addr::BROADCAST,
+            next_header: IpProtocol::Udp,
+            payload_len: datagram.len(),
+            hop_limit: 64,
+        };
+        let mut packet = vec![0; 20];
+        packet.extend(datagram);
+        header.emit(&mut Ipv4Packet::new_unchecked(packet.as_mut_slice()), &ChecksumCapabilities::default());
+        let everyone = EthernetAddress::BROADCAST;
+        common::send(&card, &common::packet(everyone, common::mac(10), 0x800, &packet));
+        let got = common::receive(&card, common::LIMIT).expect("an offer");
+        let offer = DhcpPacket::new_checked(&got[12 + 14 + 28..]).unwrap();
+        let option =
+            |kind| offer.options().find(|option| option.kind == kind).map(|option| option.data.to_vec());
+        (option(15), option(119))
+    };
+    let (own, all) = (b"test.lab".to_vec(), b"\x04test\x03lab\0\x04corp\x07example\0".to_vec());
+    assert_eq!(answers(&[1, 3, 15, 119]), (Some(own.clone()), Some(all)));
+    assert_eq!(answers(&[1, 3, 15]), (Some(own), None));
 }
 
 #[test]

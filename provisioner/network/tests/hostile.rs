@@ -123,6 +123,8 @@ fn a_flood_of_connections_is_bounded() {
     process.signal(Signal::TERM);
     let (success, words) = process.ended();
     assert!(success && !words.contains("panicked") && words.lines().count() < 10, "{words}");
+    // It is not without a word that others lose theirs.
+    assert!(words.contains(" TCP connections are open, which is the most: "), "{words}");
 }
 
 /// A TCP segment of node 10 for the gateway's DNS server.

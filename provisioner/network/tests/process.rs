@@ -5,15 +5,21 @@ mod common;
 #[path = "common/process.rs"]
 mod process;
 
-use std::{io::Write, os::unix::net::UnixStream, process::Command};
+use std::{
+    io::Write,
+    net::{Ipv4Addr, UdpSocket},
+    os::unix::net::UnixStream,
+    process::Command,
+};
 
 use common::{GATEWAY, Guest};
 use lab_net::{
-    config::NetworkConfig,
+    config::{Forward, NetworkConfig, Protocol},
     control::{Action, Reply},
 };
 use process::{ask, ended, folder, spawn, start};
 use rustix::process::Signal;
+use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpProtocol};
 
 #[test]
 fn it_starts_once_ends_on_a_signal_and_leaves_nothing() {
@@ -40,6 +46,53 @@ fn a_killed_one_is_replaced() {
     assert!(killed.config.socket.exists());
     let next = start(dir.path());
     assert!(matches!(ask(&next.config, Action::Status), Reply::Status(_)));
+}
+
+#[test]
+fn a_forward_to_a_port_that_is_closed_is_told_of_once() {
+    let dir = folder();
+    let mut process = start(dir.path());
+    let card = common::card(&process.config.socket, "n10");
+    let host_port = UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let (bind, guest_ip, protocol) = (Ipv4Addr::LOCALHOST, common::ip(10), Protocol::Udp);
+    let forward = Forward { bind, host_port, guest_ip, guest_port: 53, protocol };
+    assert_eq!(ask(&process.config, Action::AddForward { forward }), Reply::Done);
+    // The node makes itself known.
+    let hello = Icmpv4Repr::EchoRequest { ident: 1, seq_no: 1, data: b"" };
+    common::send_icmp(&card, 10, GATEWAY, &hello);
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for n in 0..3 {
+        client.send_to(&[b'?'; 1000], ("127.0.0.1", host_port)).unwrap();
+        let got = loop {
+            let got = common::receive(&card, common::LIMIT).expect("the datagram");
+            if got[26 + 9] == 17 {
+                break got;
+            }
+        };
+        // As short as RFC 792 has it.
+        let mut message = [&[3, 3, 0, 0, 0, 0, 0, 0], &got[26..26 + 28]].concat();
+        if n == 0 {
+            // One that is about something else is passed over.
+            message[8 + 20 + 3] = 54;
+        }
+        Icmpv4Packet::new_unchecked(message.as_mut_slice()).fill_checksum();
+        let packet = common::ipv4(10, GATEWAY, IpProtocol::Icmp, &message);
+        common::send(&card, &common::packet(common::gateway_mac(), common::mac(10), 0x800, &packet));
+    }
+    // All of it has been taken once this is answered.
+    common::send_icmp(&card, 10, GATEWAY, &Icmpv4Repr::EchoRequest { ident: 1, seq_no: 2, data: b"" });
+    loop {
+        let got = common::receive(&card, common::LIMIT).expect("an answer");
+        if common::icmp_of(&got).is_some_and(|(_, message)| message.echo_seq_no() == 2) {
+            break;
+        }
+    }
+    process.signal(Signal::TERM);
+    let expected = format!(
+        "lab-net: forward 127.0.0.1:{host_port}/udp to 10.77.0.10:53: nobody listens there, and who sends is not told. \
+         Is the program up?\n"
+    );
+    assert_eq!(process.ended(), (true, expected));
 }
 
 #[test]

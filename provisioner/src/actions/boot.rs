@@ -3,6 +3,7 @@
 use std::{
     cmp::Ordering,
     fs::{self, File},
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -40,6 +41,17 @@ const SLOW: &str = "highres=off";
 fn cmdline(image: &str, machine_id: &str, slow: bool) -> String {
     let slow = if slow { format!(" {SLOW}") } else { String::new() };
     format!("{image}{slow} systemd.machine_id={machine_id}")
+}
+
+/// The resolv.conf(5) of nodes on a host with that one: where the host has search domains, a node has them behind the lab's
+/// own, whose names win.
+fn resolv_conf(lab: &str, gateway: Ipv4Addr, host: &str) -> String {
+    let search = lab_net::dns::search::parse(host);
+    let name_server = format!("nameserver {gateway}\n");
+    match search.is_empty() {
+        true => name_server,
+        false => format!("{name_server}search {lab}.lab {}\n", search.join(" ")),
+    }
 }
 
 /// Starts a node's machine.
@@ -288,8 +300,12 @@ impl Boot {
         let notify = format!("vsock-stream:2:{NOTIFY_PORT}");
         let proxy = format!("http://{}:{}\n", lab.topology.network.gateway, lab_net::cache::PORT);
         let key = format!("{key}\n");
+        // Without the file, it has no search domains.
+        let host = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+        let resolv_conf = resolv_conf(&lab.topology.name, lab.topology.network.gateway, &host);
         let files: &[(&str, u32, &[u8])] = &[
             ("node/run/lab/hostname", 0o644, name),
+            ("node/run/lab/resolv.conf", 0o644, resolv_conf.as_bytes()),
             ("node/run/lab/apt-proxy", 0o644, proxy.as_bytes()),
             ("node/run/lab/authorized_keys", 0o600, key.as_bytes()),
             ("node/run/lab/ssh_host_ed25519_key", 0o600, &host_key),
@@ -304,6 +320,16 @@ impl Boot {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_node_looks_for_names_in_the_lab_first_and_then_where_the_host_does() {
+        let gateway = [192, 168, 100, 1].into();
+        assert_eq!(resolv_conf("shop", gateway, "nameserver 192.0.2.1\n"), "nameserver 192.168.100.1\n");
+        assert_eq!(
+            resolv_conf("shop", gateway, "search corp.example example\n"),
+            "nameserver 192.168.100.1\nsearch shop.lab corp.example example\n"
+        );
+    }
 
     #[test]
     fn a_slow_node_has_fewer_timers() {

@@ -3,6 +3,7 @@
 
 pub mod relay;
 pub mod resolvers;
+pub mod search;
 pub mod stream;
 pub mod zone;
 

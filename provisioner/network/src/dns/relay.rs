@@ -62,6 +62,10 @@ impl Relay {
             return;
         }
         if self.queries.len() >= MAX_QUERIES {
+            lan.notices.happened(
+                format_args!("{MAX_QUERIES} DNS queries wait for the host's resolvers, which is the most: for a new one, the oldest is dropped"),
+                lan.now,
+            );
             self.queries.pop_first();
         }
         let id = lan.new_id();

@@ -1,4 +1,5 @@
-//! The host's resolvers: the `nameserver` lines of resolv.conf(5), read again when the file has changed.
+//! The host's resolvers: the `nameserver` lines of resolv.conf(5), read again when the file has changed, and its search
+//! domains.
 
 use std::{
     collections::BTreeMap,
@@ -6,6 +7,8 @@ use std::{
     path::PathBuf,
     time::{Duration, Instant, SystemTime},
 };
+
+use super::search;
 
 /// Most resolvers that are asked, as in the C library.
 const MAX: usize = 3;
@@ -20,6 +23,7 @@ pub struct Resolvers {
     path: PathBuf,
     port: u16,
     list: Vec<SocketAddr>,
+    search: Vec<String>,
     modified: Option<SystemTime>,
     looked: Option<Instant>,
     /// Those that did not answer, and until when they come last.
@@ -29,24 +33,38 @@ pub struct Resolvers {
 impl Resolvers {
     /// The resolvers that the file at `path` names, asked at `port`.
     pub fn new(path: PathBuf, port: u16) -> Resolvers {
-        Resolvers { path, port, list: Vec::new(), modified: None, looked: None, silent: BTreeMap::new() }
+        let (list, search, silent) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Resolvers { path, port, list, search, modified: None, looked: None, silent }
     }
 
     /// The resolvers, in the order in which they are to be asked: that of the file, but for those that are silent.
     pub fn list(&mut self, now: Instant) -> Vec<SocketAddr> {
+        self.look(now);
+        let (silent, mut list): (Vec<_>, Vec<_>) =
+            self.list.iter().partition(|resolver| self.silent.contains_key(resolver));
+        list.extend(silent);
+        list
+    }
+
+    /// The host's search domains.
+    pub fn search(&mut self, now: Instant) -> &[String] {
+        self.look(now);
+        &self.search
+    }
+
+    /// Read the file if it has changed.
+    fn look(&mut self, now: Instant) {
         if self.looked.is_none_or(|then| now.saturating_duration_since(then) >= LOOK) {
             self.looked = Some(now);
             let modified = std::fs::metadata(&self.path).and_then(|meta| meta.modified()).ok();
             if modified.is_none() || modified != self.modified {
                 self.modified = modified;
-                self.list = parse(&std::fs::read_to_string(&self.path).unwrap_or_default(), self.port);
+                let text = std::fs::read_to_string(&self.path).unwrap_or_default();
+                self.list = parse(&text, self.port);
+                self.search = search::parse(&text);
             }
             self.silent.retain(|resolver, until| *until > now && self.list.contains(resolver));
         }
-        let (silent, mut list): (Vec<_>, Vec<_>) =
-            self.list.iter().partition(|resolver| self.silent.contains_key(resolver));
-        list.extend(silent);
-        list
     }
 
     /// A resolver has not answered in time.
@@ -105,6 +123,7 @@ mod tests {
         )
         .unwrap();
         assert!(resolvers.list(now).is_empty(), "not looked at twice a second");
+        assert_eq!(resolvers.search(now + LOOK), ["lan"]);
         assert_eq!(
             resolvers.list(now + LOOK),
             [

@@ -178,7 +178,7 @@ fn reverse(name: &str) -> Option<Ipv4Addr> {
     Some(Ipv4Addr::new(a, b, c, d))
 }
 
-fn wire_name(name: &str) -> Vec<u8> {
+pub(super) fn wire_name(name: &str) -> Vec<u8> {
     let mut wire = Vec::new();
     for label in name.split('.') {
         wire.push(u8::try_from(label.len()).unwrap_or(63));

@@ -3,21 +3,20 @@
 
 use std::{
     collections::HashMap,
-    net::{Ipv4Addr, SocketAddrV4},
-    os::fd::OwnedFd,
+    net::Ipv4Addr,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    io::Errno,
-    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto},
-};
+use rustix::io::Errno;
 use smoltcp::{
     phy::ChecksumCapabilities,
     wire::{Icmpv4DstUnreachable, Icmpv4Packet, Icmpv4Repr, Ipv4Packet},
 };
 
-use super::Outside;
+use super::{
+    Outside,
+    datagrams::{self, Datagrams},
+};
 use crate::{
     lan::Lan,
     log,
@@ -39,7 +38,7 @@ type Key = (Ipv4Addr, u16, Ipv4Addr);
 #[derive(Debug)]
 struct Flow {
     key: Key,
-    socket: OwnedFd,
+    socket: Datagrams,
     active: Instant,
 }
 
@@ -90,25 +89,17 @@ impl IcmpFlows {
             .emit(&mut Icmpv4Packet::new_unchecked(bytes.as_mut_slice()), &ChecksumCapabilities::default());
         if let Some(flow) = self.flows.get_mut(&id) {
             flow.active = lan.now;
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match rustix::net::send(&flow.socket, &bytes, flags) {
-                Ok(_) | Err(Errno::AGAIN | Errno::NOBUFS) => {}
-                Err(e) => self.refuse(e, packet, lan),
-            }
+            flow.socket.send(packet, &bytes, lan);
         }
     }
 
     /// The socket of a flow became readable.
     pub fn ready(&mut self, id: u64, lan: &mut Lan) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.socket.pass_errors(lan);
         let mut buffer = vec![0; 65535];
         for _ in 0..BURST {
-            let len = match rustix::net::recv(&flow.socket, buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
-                Ok((len, _)) => len,
-                Err(Errno::AGAIN) => return,
-                // An error that the network reported about a request: the node will miss the answer.
-                Err(_) => continue,
-            };
+            let Some(len) = flow.socket.receive(&mut buffer) else { return };
             flow.active = lan.now;
             let Ok(message) = Icmpv4Packet::new_checked(buffer.get(..len).unwrap_or_default()) else {
                 continue;
@@ -139,9 +130,7 @@ impl IcmpFlows {
 
     fn open(&mut self, key: Key, lan: &mut Lan) -> Result<u64, Errno> {
         let ip = self.outside.resolve(key.2).ok_or(Errno::PERM)?;
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let opened =
-            rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, Some(ipproto::ICMP));
+        let opened = Datagrams::echo(ip, key.2);
         if let Err(e @ (Errno::ACCESS | Errno::PERM)) = &opened
             && !std::mem::replace(&mut self.told, true)
         {
@@ -151,17 +140,20 @@ impl IcmpFlows {
             ));
         }
         let socket = opened?;
-        rustix::net::connect(&socket, &SocketAddrV4::new(ip, 0))?;
         if self.flows.len() >= MAX_FLOWS
             && let Some((oldest, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
         {
             let oldest = *oldest;
+            lan.notices.happened(
+                format_args!("{MAX_FLOWS} pings are under way, which is the most: for a new one, the one that was idle for longest is closed"),
+                lan.now,
+            );
             if let Some(flow) = self.flows.remove(&oldest) {
                 self.by_key.remove(&flow.key);
             }
         }
         let id = lan.new_id();
-        lan.poller.add(&socket, Token::Icmp(id), EventFlags::IN).map_err(|_| Errno::NOBUFS)?;
+        lan.poller.add(socket.socket(), Token::Icmp(id), EventFlags::IN).map_err(|_| Errno::NOBUFS)?;
         self.flows.insert(id, Flow { key, socket, active: lan.now });
         self.by_key.insert(key, id);
         self.sweep.get_or_insert(lan.now + SWEEP);
@@ -171,8 +163,7 @@ impl IcmpFlows {
     fn refuse(&self, error: Errno, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let reason = match error {
             Errno::ACCESS | Errno::PERM => Icmpv4DstUnreachable::CommProhibited,
-            Errno::HOSTUNREACH | Errno::HOSTDOWN => Icmpv4DstUnreachable::HostUnreachable,
-            _ => Icmpv4DstUnreachable::NetUnreachable,
+            _ => datagrams::reason(error),
         };
         lan.send_unreachable(packet, reason);
     }

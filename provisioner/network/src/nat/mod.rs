@@ -1,7 +1,11 @@
 //! Address translation: what nodes send to the world outside goes through sockets of the host, one a flow. Which
-//! addresses there are outside is [`Outside`]'s to say; [`tcp`] ends connections on its own TCP stack ([`stack`])
-//! and joins their bytes, [`udp`] and [`icmp`] pass datagrams and echo requests on.
+//! addresses there are outside is [`Outside`]'s to say; [`tcp`] ends connections on its own TCP stack ([`stack`], [`splice`], [`connect`])
+//! and joins their bytes, [`udp`] and [`icmp`] pass datagrams and echo requests on ([`datagrams`]). What becomes of any of
+//! them on its way is known from the sockets' error queues ([`error_queue`]).
 
+pub mod connect;
+pub mod datagrams;
+pub mod error_queue;
 pub mod icmp;
 pub mod splice;
 pub mod stack;
@@ -11,8 +15,11 @@ pub mod udp;
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddrV4},
+    os::fd::AsFd,
     path::PathBuf,
 };
+
+use crate::lan::Lan;
 
 /// The world outside of the lab, as it is reached through the host.
 #[derive(Debug, Clone)]
@@ -48,6 +55,23 @@ impl Outside {
         let refused = first == 0 || destination.is_loopback() || first >= 224;
         (!refused).then_some(destination)
     }
+}
+
+/// As whom a node sees the sender of an ICMP error about what it sent to `outside`, which is really `real` and is reached
+/// by `socket`. The host itself is the gateway for nodes, and so is who has an address of the lab's subnet there.
+pub fn seen_as(
+    offender: Ipv4Addr,
+    real: Ipv4Addr,
+    outside: Ipv4Addr,
+    socket: impl AsFd,
+    lan: &Lan,
+) -> Ipv4Addr {
+    if offender == real {
+        return outside;
+    }
+    let local = rustix::net::getsockname(socket).ok().and_then(|name| SocketAddrV4::try_from(name).ok());
+    let is_host = local.is_some_and(|local| *local.ip() == offender);
+    if is_host || lan.cidr.contains_addr(&offender) { lan.gateway() } else { offender }
 }
 
 /// The two ends of a flow.

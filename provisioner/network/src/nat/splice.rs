@@ -12,10 +12,11 @@ use rustix::{
 };
 use smoltcp::socket::tcp::{Socket, State};
 
+use super::error_queue;
 use crate::{control::Reply, poller::EventFlags};
 
 /// Time for a node to answer a connection of the gateway.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Who opened a flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +47,7 @@ pub enum Outcome {
     Going,
     /// Nothing is left to do.
     Finished,
-    /// The host could not connect, for that reason. The node's side is reset when it is next polled.
+    /// The host could not connect, for that reason.
     Unreachable(Errno),
 }
 
@@ -76,15 +77,15 @@ impl HostSide {
         HostSide::new(socket, Opener::Guest, Stage::HostConnecting, node, Vec::new())
     }
 
-    /// A flow to a node, for a connected `socket`.
+    /// A flow to a node, for a connected `socket`. The node has so long to answer.
     pub fn accepted(
         socket: OwnedFd,
-        opener: Opener,
+        (opener, patience): (Opener, Duration),
         node: SocketAddrV4,
         preface: Vec<u8>,
         now: Instant,
     ) -> HostSide {
-        HostSide::new(socket, opener, Stage::GuestConnecting(now + PATIENCE), node, preface)
+        HostSide::new(socket, opener, Stage::GuestConnecting(now + patience), node, preface)
     }
 
     fn new(socket: OwnedFd, opener: Opener, stage: Stage, node: SocketAddrV4, preface: Vec<u8>) -> HostSide {
@@ -122,6 +123,16 @@ impl HostSide {
         }
     }
 
+    /// Nobody answers for the node's address: whether a connection of a forward waited for it, and does so no longer. A
+    /// control client goes on waiting, as it may be for a node that starts.
+    pub fn nobody_there(&mut self, now: Instant) -> bool {
+        let waits = self.opener == Opener::Forward && matches!(self.stage, Stage::GuestConnecting(_));
+        if waits {
+            self.stage = Stage::GuestConnecting(now);
+        }
+        waits
+    }
+
     /// The poller says what the socket is ready for (edge-triggered: it says so once).
     pub fn ready(&mut self, flags: EventFlags) {
         self.readable |=
@@ -141,9 +152,10 @@ impl HostSide {
             }
             self.stage = Stage::Joined;
             if let Ok(Err(e)) | Err(e) = rustix::net::sockopt::socket_error(&self.socket) {
-                tcp.abort();
                 return Outcome::Unreachable(e);
             }
+            // From now on one router's complaint is no reason to end it (RFC 1122 §4.2.3.9).
+            let _ = error_queue::listen(&self.socket, false);
             tcp.pause_synack(false);
         }
         if let Stage::GuestConnecting(deadline) = self.stage {

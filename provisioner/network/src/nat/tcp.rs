@@ -3,15 +3,12 @@
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
-    net::SocketAddrV4,
+    net::{Ipv4Addr, SocketAddrV4},
     os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    io::Errno,
-    net::{AddressFamily, SocketFlags, SocketType, sockopt},
-};
+use rustix::io::Errno;
 use smoltcp::{
     socket::tcp::State,
     wire::{Icmpv4DstUnreachable, Ipv4Packet, TcpPacket},
@@ -19,6 +16,7 @@ use smoltcp::{
 
 use super::{
     FlowKey, Outside,
+    connect::{connect, tell_why, unreachable},
     splice::{HostSide, Opener, Outcome},
     stack::{Egress, FlowSocket, Stack},
 };
@@ -127,7 +125,7 @@ impl TcpFlows {
         let begins = segment.syn() && !segment.ack() && !segment.rst();
         if begins
             && let Some(id) = self.by_key.get(&key).copied()
-            && self.is_forgotten(id, &segment)
+            && (self.is_forgotten(id, &segment) || self.is_next_probe(id, packet))
         {
             self.remove(id);
         }
@@ -157,11 +155,11 @@ impl TcpFlows {
         }
     }
 
-    /// Join `socket` with a new connection from the gateway to a node.
+    /// Join `socket` with a new connection from the gateway to a node, which has so long to answer.
     pub fn connect(
         &mut self,
         socket: OwnedFd,
-        opener: Opener,
+        opener: (Opener, Duration),
         node: SocketAddrV4,
         preface: Vec<u8>,
         lan: &mut Lan,
@@ -231,6 +229,26 @@ impl TcpFlows {
         !opening && first.seq_number() != syn.seq_number()
     }
 
+    /// Whether a SYN asks for another router than the one before, of which nothing was heard: a traceroute's.
+    fn is_next_probe(&self, id: u64, packet: &Ipv4Packet<&[u8]>) -> bool {
+        let Some(flow) = self.flows.get(&id).filter(|flow| flow.peer.is_connecting()) else { return false };
+        let first = Ipv4Packet::new_checked(flow.syn.as_slice());
+        first.is_ok_and(|first| first.hop_limit() != packet.hop_limit())
+    }
+
+    /// Nobody is at that address of the lab: connections of forwards to it wait no longer.
+    pub fn nobody_at(&mut self, ip: Ipv4Addr, now: Instant) {
+        let waits = |flow: &mut Flow| match &mut flow.peer {
+            Peer::Host(host) => *flow.key.guest.ip() == ip && host.nobody_there(now),
+            Peer::Dns(_) => false,
+        };
+        let given_up: Vec<u64> =
+            self.flows.iter_mut().filter_map(|(id, flow)| waits(flow).then_some(*id)).collect();
+        for id in given_up {
+            self.schedule(id);
+        }
+    }
+
     /// A node opens a connection.
     fn open(&mut self, key: FlowKey, packet: &Ipv4Packet<&[u8]>, lan: &mut Lan) {
         let guest = *key.guest.ip();
@@ -245,7 +263,7 @@ impl TcpFlows {
             let Some(ip) = self.outside.resolve(*key.outside.ip()) else {
                 return lan.send_unreachable(packet, Icmpv4DstUnreachable::NetProhibited);
             };
-            match connect(SocketAddrV4::new(ip, key.outside.port())) {
+            match connect(SocketAddrV4::new(ip, key.outside.port()), packet.hop_limit().saturating_sub(1)) {
                 Ok(socket) => Peer::Host(HostSide::connecting(socket, key.guest)),
                 Err(e) => return self.refuse(e, packet, lan),
             }
@@ -281,7 +299,12 @@ impl TcpFlows {
             && let Some((id, _)) =
                 self.flows.iter().min_by_key(|(_, flow)| (!flow.peer.is_connecting(), flow.active))
         {
-            self.evict(*id, lan);
+            let (id, limit) = (*id, self.limit);
+            lan.notices.happened(
+                format_args!("{limit} TCP connections are open, which is the most: for a new one, the one that was silent for longest is closed"),
+                lan.now,
+            );
+            self.evict(id, lan);
         }
         let id = lan.new_id();
         let socket = FlowSocket::new(room(self.flows.len()));
@@ -342,10 +365,9 @@ impl TcpFlows {
                 Outcome::Finished => finished = true,
                 Outcome::Unreachable(e) => {
                     // The node takes this as the reason, where the reset that follows would say "refused".
-                    if let (Some(reason), Ok(syn)) =
-                        (unreachable(e), Ipv4Packet::new_checked(flow.syn.as_slice()))
-                    {
-                        lan.send_unreachable(&syn, reason);
+                    finished = tell_why(e, flow.key.outside, host.socket(), &flow.syn, &self.outside, lan);
+                    if !finished {
+                        flow.socket.tcp().abort();
                     }
                 }
             },
@@ -431,29 +453,9 @@ fn room(flows: usize) -> usize {
     }
 }
 
-fn connect(to: SocketAddrV4) -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::STREAM, flags, None)?;
-    sockopt::set_tcp_nodelay(&socket, true)?;
-    match rustix::net::connect(&socket, &to) {
-        Ok(()) | Err(Errno::INPROGRESS) => Ok(socket),
-        Err(e) => Err(e),
-    }
-}
-
-/// The ICMP code for what the host says; none where a reset says it.
-fn unreachable(error: Errno) -> Option<Icmpv4DstUnreachable> {
-    match error {
-        Errno::NETUNREACH | Errno::NETDOWN => Some(Icmpv4DstUnreachable::NetUnreachable),
-        Errno::HOSTUNREACH | Errno::HOSTDOWN | Errno::TIMEDOUT => Some(Icmpv4DstUnreachable::HostUnreachable),
-        Errno::ACCESS | Errno::PERM => Some(Icmpv4DstUnreachable::NetProhibited),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, TcpListener};
+    use std::net::TcpListener;
 
     use smoltcp::wire::Ipv4Cidr;
 

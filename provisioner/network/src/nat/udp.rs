@@ -3,17 +3,15 @@
 use std::{
     collections::HashMap,
     net::SocketAddrV4,
-    os::fd::OwnedFd,
     time::{Duration, Instant},
 };
 
-use rustix::{
-    io::Errno,
-    net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType},
-};
-use smoltcp::wire::{Icmpv4DstUnreachable, Icmpv4Repr, IpProtocol, Ipv4Packet, Ipv4Repr, UdpPacket};
+use smoltcp::wire::{Icmpv4DstUnreachable, Ipv4Packet, UdpPacket};
 
-use super::{FlowKey, Outside};
+use super::{
+    FlowKey, Outside,
+    datagrams::{Datagrams, reason},
+};
 use crate::{
     lan::Lan,
     poller::{EventFlags, Token},
@@ -33,7 +31,7 @@ const MAX_PAYLOAD: usize = 65535 - 28;
 #[derive(Debug)]
 struct Flow {
     key: FlowKey,
-    socket: OwnedFd,
+    socket: Datagrams,
     active: Instant,
 }
 
@@ -81,37 +79,18 @@ impl UdpFlows {
         };
         if let Some(flow) = self.flows.get_mut(&id) {
             flow.active = lan.now;
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            let mut sent = rustix::net::send(&flow.socket, datagram.payload(), flags);
-            if sent == Err(Errno::CONNREFUSED) {
-                // That was about an earlier datagram.
-                send_refused(&flow.key, lan);
-                sent = rustix::net::send(&flow.socket, datagram.payload(), flags);
-            }
-            match sent {
-                Ok(_) | Err(Errno::AGAIN | Errno::NOBUFS | Errno::CONNREFUSED) => {}
-                Err(e) => lan.send_unreachable(packet, reason(e)),
-            }
+            flow.socket.send(packet, datagram.payload(), lan);
         }
     }
 
     /// The socket of a flow became readable.
     pub fn ready(&mut self, id: u64, lan: &mut Lan) {
         let Some(flow) = self.flows.get_mut(&id) else { return };
+        flow.socket.pass_errors(lan);
         for _ in 0..BURST {
-            match rustix::net::recv(&flow.socket, self.buffer.as_mut_slice(), RecvFlags::DONTWAIT) {
-                Ok((len, _)) => {
-                    flow.active = lan.now;
-                    lan.send_udp(
-                        flow.key.outside,
-                        flow.key.guest,
-                        self.buffer.get(..len).unwrap_or_default(),
-                    );
-                }
-                Err(Errno::CONNREFUSED) => send_refused(&flow.key, lan),
-                Err(Errno::AGAIN) => return,
-                Err(_) => return self.remove(id),
-            }
+            let Some(len) = flow.socket.receive(&mut self.buffer) else { return };
+            flow.active = lan.now;
+            lan.send_udp(flow.key.outside, flow.key.guest, self.buffer.get(..len).unwrap_or_default());
         }
     }
 
@@ -135,14 +114,17 @@ impl UdpFlows {
         if self.flows.len() >= self.limit
             && let Some((oldest, _)) = self.flows.iter().min_by_key(|(_, flow)| flow.active)
         {
-            self.remove(*oldest);
+            let (oldest, limit) = (*oldest, self.limit);
+            lan.notices.happened(
+                format_args!("{limit} UDP flows are open, which is the most: for a new one, the one that was idle for longest is closed"),
+                lan.now,
+            );
+            self.remove(oldest);
         }
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket =
-            rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None).map_err(reason)?;
-        rustix::net::connect(&socket, &SocketAddrV4::new(ip, key.outside.port())).map_err(reason)?;
+        let real = SocketAddrV4::new(ip, key.outside.port());
+        let socket = Datagrams::udp(real, *key.outside.ip()).map_err(reason)?;
         let id = lan.new_id();
-        let watched = lan.poller.add(&socket, Token::Udp(id), EventFlags::IN);
+        let watched = lan.poller.add(socket.socket(), Token::Udp(id), EventFlags::IN);
         watched.map_err(|_| Icmpv4DstUnreachable::NetUnreachable)?;
         self.flows.insert(id, Flow { key, socket, active: lan.now });
         self.by_key.insert(key, id);
@@ -154,32 +136,5 @@ impl UdpFlows {
         if let Some(flow) = self.flows.remove(&id) {
             self.by_key.remove(&flow.key);
         }
-    }
-}
-
-/// Pass on that nobody listens at the other end.
-fn send_refused(key: &FlowKey, lan: &mut Lan) {
-    let [a, b] = key.guest.port().to_be_bytes();
-    let [c, d] = key.outside.port().to_be_bytes();
-    // The datagram itself is gone; its UDP header is what the node knows the socket by.
-    let data = [a, b, c, d, 0, 8, 0, 0];
-    let header = Ipv4Repr {
-        src_addr: *key.guest.ip(),
-        dst_addr: *key.outside.ip(),
-        next_header: IpProtocol::Udp,
-        payload_len: data.len(),
-        hop_limit: 64,
-    };
-    let reason = Icmpv4DstUnreachable::PortUnreachable;
-    let message = Icmpv4Repr::DstUnreachable { reason, header, data: &data };
-    lan.send_icmp(*key.outside.ip(), *key.guest.ip(), &message);
-}
-
-fn reason(error: Errno) -> Icmpv4DstUnreachable {
-    match error {
-        Errno::MSGSIZE => Icmpv4DstUnreachable::FragRequired,
-        Errno::HOSTUNREACH | Errno::HOSTDOWN => Icmpv4DstUnreachable::HostUnreachable,
-        Errno::ACCESS | Errno::PERM => Icmpv4DstUnreachable::NetProhibited,
-        _ => Icmpv4DstUnreachable::NetUnreachable,
     }
 }

@@ -208,13 +208,15 @@ fn mounts(config: &InitConfig) -> Result<(), Error> {
             bind_read_only(folder, folder)?;
         }
     }
-    // The name server's address is written where /etc/resolv.conf leads, which may be below /run.
+    // The name server's address is written where /etc/resolv.conf leads, which may be below /run. Search domains stay.
+    let search = lab_net::dns::search::parse(&fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+    let search = if search.is_empty() { String::new() } else { format!("search {}\n", search.join(" ")) };
     let resolver = fs::canonicalize("/etc/resolv.conf")
         .or_else(|_| fs::read_link("/etc/resolv.conf").map(|link| Path::new("/etc").join(link)));
     mount_at("tmpfs", "/run", "mode=0755")?;
     private(RUN, 0o755)?;
     private("/run/lock", 0o1777)?;
-    fs::write(format!("{RUN}/resolv.conf"), format!("nameserver {NAME_SERVER}\n"))
+    fs::write(format!("{RUN}/resolv.conf"), format!("nameserver {NAME_SERVER}\n{search}"))
         .map_err(failed("resolv.conf"))?;
     match resolver {
         Ok(path) if path.starts_with("/run") => {
