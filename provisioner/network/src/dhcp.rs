@@ -25,6 +25,7 @@ const MAX_DECLINED: usize = 256;
 
 const HOST_NAME: u8 = 12;
 const DOMAIN_NAME: u8 = 15;
+const NTP_SERVERS: u8 = 42;
 const REQUESTED_IP: u8 = 50;
 const MESSAGE_TYPE: u8 = 53;
 const SERVER_IDENTIFIER: u8 = 54;
@@ -129,11 +130,13 @@ impl Dhcp {
         if !refused {
             additional.push(DhcpOption { kind: DOMAIN_NAME, data: self.domain.as_bytes() });
         }
+        let wants = |kind: u8| !refused && option(PARAMETERS).is_some_and(|wanted| wanted.contains(&kind));
+        let time = lan.gateway().octets();
+        if wants(NTP_SERVERS) {
+            additional.push(DhcpOption { kind: NTP_SERVERS, data: &time });
+        }
         let domains = dns::search::option(&self.domain, search);
-        if !refused
-            && !search.is_empty()
-            && option(PARAMETERS).is_some_and(|wanted| wanted.contains(&DOMAIN_SEARCH))
-        {
+        if !search.is_empty() && wants(DOMAIN_SEARCH) {
             additional.push(DhcpOption { kind: DOMAIN_SEARCH, data: &domains });
         }
         if let Some(data) = option(CLIENT_IDENTIFIER) {

@@ -1,6 +1,9 @@
 //! The gateway: what is done with the packets that nodes send to it or through it.
 
-use std::{net::SocketAddrV4, time::Instant};
+use std::{
+    net::SocketAddrV4,
+    time::{Instant, SystemTime},
+};
 
 use smoltcp::wire::{DHCP_SERVER_PORT, Icmpv4DstUnreachable, IpProtocol, Ipv4Packet, UdpPacket};
 
@@ -26,6 +29,7 @@ use crate::{
         tcp::{Names, TcpFlows},
         udp::UdpFlows,
     },
+    ntp,
 };
 
 /// Everything that lives on the gateway.
@@ -196,6 +200,11 @@ impl Gateway {
                 }
                 Verdict::Relay => self.relay.ask(guest, datagram.payload(), &mut self.resolvers, lan),
                 Verdict::Drop => {}
+            }
+        } else if datagram.dst_port() == ntp::PORT {
+            if let Some(answer) = ntp::answer(datagram.payload(), SystemTime::now()) {
+                let guest = SocketAddrV4::new(packet.src_addr(), datagram.src_port());
+                lan.send_udp(SocketAddrV4::new(lan.gateway(), ntp::PORT), guest, &answer);
             }
         } else if !self.forwards.input(packet, datagram, lan.now) {
             lan.send_unreachable(packet, Icmpv4DstUnreachable::PortUnreachable);

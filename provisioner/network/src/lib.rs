@@ -1,7 +1,7 @@
 //! lab-net: one process is one lab's network.
 //!
 //! Cards of nodes connect to a UNIX socket and exchange Ethernet frames through a learning switch ([`switch`],
-//! [`port`]); one station of it is the [`gateway`], which gives out addresses ([`dhcp`]) and names ([`dns`]), lets
+//! [`port`]); one station of it is the [`gateway`], which gives out addresses ([`dhcp`]), names ([`dns`]) and the time ([`ntp`]), lets
 //! nodes reach the world outside ([`nat`]), keeps the packages that they fetch ([`cache`]) and lets the host reach nodes
 //! ([`forward`]). [`network`] is the event loop of
 //! all that, [`control`] and [`config`] are what others say to it. Nothing here needs a privilege.
@@ -24,6 +24,7 @@ pub mod log;
 pub mod nat;
 pub mod neighbor;
 pub mod network;
+pub mod ntp;
 pub mod poller;
 pub mod port;
 pub mod switch;

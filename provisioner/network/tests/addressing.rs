@@ -68,11 +68,24 @@ fn nodes_get_the_hosts_search_domains_if_they_ask_for_them() {
         let offer = DhcpPacket::new_checked(&got[12 + 14 + 28..]).unwrap();
         let option =
             |kind| offer.options().find(|option| option.kind == kind).map(|option| option.data.to_vec());
-        (option(15), option(119))
+        (option(15), option(119), option(42))
     };
     let (own, all) = (b"test.lab".to_vec(), b"\x04test\x03lab\0\x04corp\x07example\0".to_vec());
-    assert_eq!(answers(&[1, 3, 15, 119]), (Some(own.clone()), Some(all)));
-    assert_eq!(answers(&[1, 3, 15]), (Some(own), None));
+    assert_eq!(answers(&[1, 3, 15, 119]), (Some(own.clone()), Some(all), None));
+    // The time is the gateway's, too.
+    assert_eq!(answers(&[1, 3, 15, 42]), (Some(own), None, Some(GATEWAY.octets().to_vec())));
+}
+
+#[test]
+fn the_gateway_tells_the_time() {
+    let lab = Lab::start();
+    let mut guest = lab.guest(10);
+    let mut question = [0; 48];
+    question[0] = 0x23;
+    let answer = exchange_with(&mut guest, 123, &question);
+    let seconds = u64::from(u32::from_be_bytes(answer[40..44].try_into().unwrap()));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!((seconds - 2_208_988_800).abs_diff(now) <= 60, "{seconds} {now}");
 }
 
 #[test]
@@ -132,8 +145,12 @@ fn udp_socket(guest: &mut Guest) -> SocketHandle {
 }
 
 fn exchange(guest: &mut Guest, query: &[u8]) -> Vec<u8> {
+    exchange_with(guest, 53, query)
+}
+
+fn exchange_with(guest: &mut Guest, port: u16, query: &[u8]) -> Vec<u8> {
     let handle = udp_socket(guest);
-    guest.sockets.get_mut::<udp::Socket>(handle).send_slice(query, (GATEWAY, 53)).unwrap();
+    guest.sockets.get_mut::<udp::Socket>(handle).send_slice(query, (GATEWAY, port)).unwrap();
     guest.until("a response", |guest| {
         let socket = guest.sockets.get_mut::<udp::Socket>(handle);
         socket.recv().ok().map(|(data, _)| data.to_vec())
