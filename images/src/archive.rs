@@ -25,7 +25,7 @@ pub enum Error {
     #[error(transparent)]
     Command(#[from] command::Error),
     /// The archive's keys are not installed.
-    #[error("{KEYRING} is missing; install it: apt install debian-archive-keyring")]
+    #[error("{KEYRING} is missing; {}", command::install("debian-archive-keyring", command::has_apt()))]
     NoKeyring,
     /// The installed keys do not know the suite.
     #[error(

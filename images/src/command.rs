@@ -10,7 +10,7 @@ use std::{
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// It is not installed.
-    #[error("{program} is missing; install it: apt install {package}")]
+    #[error("{program} is missing; {}", install(package, has_apt()))]
     Missing {
         /// The program.
         program: String,
@@ -35,6 +35,22 @@ pub enum Error {
         /// The end of what it wrote to standard error.
         output: String,
     },
+}
+
+/// Whether this host has Debian's package manager.
+pub fn has_apt() -> bool {
+    std::path::Path::new("/usr/bin/apt-get").exists()
+}
+
+/// How one of Debian's packages gets here.
+pub fn install(package: &str, has_apt: bool) -> String {
+    match has_apt {
+        true => format!("install it: apt install {package}"),
+        false => format!(
+            "install what is {package} in Debian by this system's packages. Where there is no such package, build images on \
+             a machine with Debian or Ubuntu: `lab bundle build` there and `lab up --offline` here need nothing of that"
+        ),
+    }
 }
 
 /// Run a program to its end and return what it wrote to standard output.
@@ -97,7 +113,10 @@ mod tests {
     #[test]
     fn a_missing_program_names_its_package() {
         let error = start_error(OsStr::new("mke2fs"), io::ErrorKind::NotFound.into());
-        assert_eq!(error.to_string(), "mke2fs is missing; install it: apt install e2fsprogs");
+        let how = install("e2fsprogs", has_apt());
+        assert_eq!(error.to_string(), format!("mke2fs is missing; {how}"));
+        assert_eq!(install("e2fsprogs", true), "install it: apt install e2fsprogs");
+        assert!(install("e2fsprogs", false).contains("e2fsprogs in Debian by this system's packages"));
     }
 
     #[test]

@@ -39,6 +39,14 @@ pub enum Error {
     /// Someone else could reach into it.
     #[error("the folder {0} belongs to another user: set XDG_RUNTIME_DIR to a folder of your own")]
     NotOurs(PathBuf),
+    /// It is somebody else's.
+    #[error("{path} belongs to the user with the number {owner}: set LAB_HOME to a folder of your own")]
+    HomeNotOurs {
+        /// The folder for what lasts.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+    },
     /// A socket below it could not be bound.
     #[error(
         "the folder {0} has too long a path for sockets (they are limited to 107 bytes): set XDG_RUNTIME_DIR to a shorter one"
@@ -67,6 +75,7 @@ impl Paths {
         let home =
             std::path::absolute(&home).map_err(|source| Error::Folder { path: home.clone(), source })?;
         let uid = rustix::process::getuid();
+        not_of_others(&home, uid.as_raw())?;
         let runtime = var("XDG_RUNTIME_DIR").map(|dir| dir.join("lab")).unwrap_or_else(|| {
             if uid.is_root() { "/run/lab".into() } else { format!("/tmp/lab-{}", uid.as_raw()).into() }
         });
@@ -244,6 +253,14 @@ pub fn private_dir(path: &Path) -> Result<(), Error> {
         .map_err(|source| Error::Folder { path: path.into(), source })
 }
 
+/// Refuses a home of somebody else's, in which each file would be refused for another reason. Root may look after all.
+fn not_of_others(home: &Path, uid: u32) -> Result<(), Error> {
+    match fs::metadata(home) {
+        Ok(data) if data.uid() != uid && uid != 0 => Err(Error::HomeNotOurs { path: home.into(), owner: data.uid() }),
+        _ => Ok(()),
+    }
+}
+
 fn owned(path: &Path) -> Result<(), Error> {
     let data = fs::symlink_metadata(path).map_err(|source| Error::Folder { path: path.into(), source })?;
     if !data.is_dir() || data.uid() != rustix::process::getuid().as_raw() || data.mode() & 0o077 != 0 {
@@ -300,6 +317,19 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let paths = Paths::at(base.path(), &base.path().join("x".repeat(90)));
         assert!(matches!(paths.lab("demo").create(), Err(Error::TooLong(_))));
+    }
+
+    #[test]
+    fn a_home_of_somebody_else_is_refused() {
+        let base = tempfile::tempdir().unwrap();
+        let owner = fs::metadata(base.path()).unwrap().uid();
+        assert!(not_of_others(base.path(), owner).is_ok() && not_of_others(base.path(), 0).is_ok());
+        assert!(not_of_others(&base.path().join("new"), owner + 1).is_ok());
+        let error = not_of_others(base.path(), owner + 1).unwrap_err().to_string();
+        assert!(
+            error.contains(&format!("belongs to the user with the number {owner}: set LAB_HOME")),
+            "{error}"
+        );
     }
 
     #[test]

@@ -231,7 +231,17 @@ impl Context {
         }
         match found.pop() {
             Some(state) => Ok(Lab::new(&self.paths, state.topology, self.progress.clone())?),
-            None => Err(crate::lab::Error::NotThere(wanted()?).into()),
+            None => {
+                let name = wanted()?;
+                Err(match LabState::read(&self.paths.lab(&name)).ok().flatten() {
+                    // As `up` says: the folder was renamed, say.
+                    Some(state) if state.topology.labfile != path => {
+                        crate::lab::Error::NameTaken { name, other: state.topology.labfile }
+                    }
+                    _ => crate::lab::Error::NotThere(name),
+                }
+                .into())
+            }
         }
     }
 

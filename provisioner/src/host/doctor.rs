@@ -18,9 +18,19 @@ use crate::{
     subordinate_ids::{self, COUNT},
 };
 
-const INSTALL: &str = "run scripts/install-dependencies";
 /// Free disk space below which a lab has no room, and below which it is tight, in MiB: an image and a few nodes.
 const DISK_MIB: [u64; 2] = [2 << 10, 10 << 10];
+
+/// How what is missing gets here.
+fn install() -> String {
+    match lab_images::command::has_apt() {
+        true => "run scripts/install-dependencies".into(),
+        false => {
+            "install it by this system's packages; scripts/install-dependencies has the names of Debian's"
+                .into()
+        }
+    }
+}
 
 /// How good a finding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -194,7 +204,7 @@ fn kvm(probe: &Probe, modules: &Path) -> Finding {
 
 /// What the emulated host is made of.
 fn emulation() -> Vec<Finding> {
-    let install = || Some(INSTALL.to_string());
+    let install = || Some(install());
     let qemu = match tools::find("qemu-system-x86_64") {
         None => finding("QEMU", Grade::Problem, "qemu-system-x86_64 is not installed", install()),
         Some(path) => {
@@ -243,14 +253,14 @@ fn programs() -> Vec<Finding> {
 fn program(name: &'static str, without: Grade) -> Finding {
     match tools::find(name) {
         Some(path) => finding(name, Grade::Ok, path.display().to_string(), None),
-        None => finding(name, without, "it is not installed", Some(INSTALL.into())),
+        None => finding(name, without, "it is not installed", Some(install())),
     }
 }
 
 fn keyring() -> Finding {
     const ABOUT: &str = "Debian's keys";
     let folder = Path::new("/usr/share/keyrings");
-    let next = Some(INSTALL.to_string());
+    let next = Some(install());
     if !folder.join("debian-archive-keyring.gpg").exists() {
         return finding(
             ABOUT,
@@ -298,7 +308,7 @@ fn namespaces(rights: &Rights) -> Finding {
     }
     if !rights.uidmap {
         let found = "newuidmap and newgidmap are not installed: this user builds no image";
-        return problem(found.into(), format!("{INSTALL} (Debian's package uidmap)"));
+        return problem(found.into(), format!("{} (Debian's package uidmap)", install()));
     }
     let user = rights.names.first().map_or("", String::as_str);
     for (file, table) in ["/etc/subuid", "/etc/subgid"].iter().zip(&rights.tables) {
@@ -520,7 +530,7 @@ mod tests {
                 missing_instructions: Vec::new(),
                 error: None,
             },
-            findings: vec![finding("ssh", grade, "it is not installed", Some(INSTALL.into()))],
+            findings: vec![finding("ssh", grade, "it is not installed", Some(install()))],
         };
         assert!(report(Grade::Warning).good() && !report(Grade::Problem).good());
         assert!(report(Grade::Warning).to_string().ends_with("Labs run on the local host."));
