@@ -256,7 +256,9 @@ pub fn private_dir(path: &Path) -> Result<(), Error> {
 /// Refuses a home of somebody else's, in which each file would be refused for another reason. Root may look after all.
 fn not_of_others(home: &Path, uid: u32) -> Result<(), Error> {
     match fs::metadata(home) {
-        Ok(data) if data.uid() != uid && uid != 0 => Err(Error::HomeNotOurs { path: home.into(), owner: data.uid() }),
+        Ok(data) if data.uid() != uid && uid != 0 => {
+            Err(Error::HomeNotOurs { path: home.into(), owner: data.uid() })
+        }
         _ => Ok(()),
     }
 }
