@@ -207,7 +207,11 @@ mod tests {
         assert_eq!(machine.of("version = \"1.20.2\"\n"), pair("bundle", "1.20.2"));
         assert_eq!(machine.of("version = \"1.20\"\n"), pair("bundle", "1.20"));
         assert_eq!(machine.of("version = \"1.35\"\n"), pair("upstream", "1.35"));
-        for only in ["metrics_server = true", "load_balancer = \"192.168.100.50\"", "network = \"calico\""] {
+        for only in [
+            "metrics_server = true",
+            "load_balancer = \"192.168.100.50-192.168.100.59\"",
+            "network = \"calico\"",
+        ] {
             assert_eq!(machine.of(&format!("{only}\n")), pair("upstream", "1.36"), "{only}");
         }
         // With one of its files missing it is none.
