@@ -285,6 +285,13 @@ fn a_node_of_debian_is_entered_over_vsock_and_reaches_the_world() {
     let grown = "systemctl start lab-growfs && df --output=size -BM / | tail -n 1 | tr -dc 0-9";
     let (status, said) = lab.shell("a", grown, b"");
     assert!(status == Some(0) && said.parse::<u32>().unwrap() > 2500, "{status:?} {said}");
+    // What was deleted is given back to this machine by fstrim, as on a disk of flash memory.
+    let disk = lab_tests::home().join("labs/debian/nodes/a/disk0.qcow2");
+    let space = || std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&disk).unwrap()) / 2048;
+    lab.shell("a", "head -c 60000000 /dev/urandom >/srv/blob; sync", b"");
+    let full = space();
+    assert_eq!(lab.shell("a", "rm /srv/blob; sync; fstrim /", b"").0, Some(0));
+    assert!(full > 50 && space() + 40 < full, "{full} MiB were taken, {} are", space());
     // What Java's packages do when they are set up, whose pages are not among those that the image leaves out.
     let link = "update-alternatives --install /usr/bin/one one /bin/true 1 \
                 --slave /usr/share/man/man1/one.1 one.1 /etc/hostname";

@@ -7,7 +7,7 @@ use std::{
 };
 
 use imago::{
-    FormatAccess,
+    FormatAccess, ShallowMapping,
     file::File as ImageFile,
     io_buffers::{IoVector, IoVectorMut},
 };
@@ -144,7 +144,10 @@ impl Image {
         }
         let done = match self {
             Self::Raw { file, .. } => punch(file, offset, length),
-            Self::Qcow2 { access, .. } => access.discard_to_any(offset, length),
+            Self::Qcow2 { access, file, cluster_size } => {
+                punch_clusters(access, file, *cluster_size, offset, length);
+                access.discard_to_any(offset, length)
+            }
         };
         // To do nothing is allowed.
         done.or_else(|e| if e.kind() == io::ErrorKind::Unsupported { Ok(()) } else { Err(e) })
@@ -161,7 +164,10 @@ impl Image {
                 fallocate(file, FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE, offset, length)
                     .map_err(io::Error::from)
             }
-            Self::Qcow2 { access, .. } if unmap => access.discard_to_zero(offset, length),
+            Self::Qcow2 { access, file, cluster_size } if unmap => {
+                punch_clusters(access, file, *cluster_size, offset, length);
+                access.discard_to_zero(offset, length)
+            }
             Self::Qcow2 { access, .. } => access.write_zeroes(offset, length),
         };
         match done {
@@ -184,6 +190,32 @@ impl Image {
             at += count;
         }
         Ok(())
+    }
+}
+
+/// Gives the space of whole clusters in a range that the guest has no use for back to the host's file system: imago frees
+/// them for other uses in the image alone. Before it does, since from then on they may be anything. Clusters of backing files
+/// and those that are used twice stay; and where the host knows no holes, all do.
+fn punch_clusters(
+    access: &FormatAccess<ImageFile>,
+    file: &File,
+    cluster_size: u64,
+    offset: u64,
+    length: u64,
+) {
+    let whole = |bytes: u64| bytes - bytes % cluster_size;
+    let end = whole(offset.saturating_add(length));
+    let mut at = whole(offset.saturating_add(cluster_size - 1));
+    while at < end {
+        let Ok((mapping, found)) = access.get_shallow_mapping(at, end - at) else { return };
+        let found = whole(found);
+        if found == 0 {
+            return;
+        }
+        if let ShallowMapping::Raw { offset: there, writable: true, .. } = mapping {
+            drop(punch(file, there, found));
+        }
+        at = at.saturating_add(found);
     }
 }
 

@@ -162,6 +162,55 @@ fn a_chain_reads_as_qemu_reads_it_and_qemu_reads_what_was_written() {
     assert!(fs::read(&flat).unwrap() == content, "QEMU reads something else");
 }
 
+#[test]
+fn what_is_discarded_is_given_back_to_the_host() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = tempfile::tempdir().unwrap();
+    let (top, mut content) = chain(folder.path());
+    let below = |path: &std::path::Path| {
+        let mut files: Vec<_> =
+            fs::read_dir(path.parent().unwrap()).unwrap().map(|file| file.unwrap().path()).collect();
+        files.retain(|file| file != path);
+        files.sort();
+        files.into_iter().map(|file| fs::read(file).unwrap()).collect::<Vec<_>>()
+    };
+    let backing = below(&top);
+    let mut guest = Guest::new(&config(&top, DiskFormat::Qcow2));
+    let space = || fs::metadata(&top).unwrap().blocks() * 512;
+    for (number, (kind, unmap)) in [(DISCARD, 0), (WRITE_ZEROES, 1)].into_iter().enumerate() {
+        // 4 MiB over what is below, from the middle of a cluster to the middle of another.
+        let (sector, length) = (2000 + 64, 4 << 20);
+        let data = pattern(20 + number as u64, length);
+        for (piece, data) in data.chunks(256 << 10).enumerate() {
+            guest.write(sector + piece as u64 * 512, data);
+        }
+        assert_eq!(guest.request(FLUSH, 0, &[], 0, 512).0, 0);
+        let taken = space();
+        content[sector as usize * 512..sector as usize * 512 + length].copy_from_slice(&data);
+        let sectors = (length / 512) as u32 - 1000;
+        assert_eq!(guest.zeroes(kind, sector, sectors, unmap), 0);
+        assert_eq!(guest.request(FLUSH, 0, &[], 0, 512).0, 0);
+        assert!(space() + (3 << 20) < taken, "{} of {taken} bytes are taken", space());
+        // Whole clusters are zero; of the others, a discard may leave what was there.
+        let range = sector as usize * 512..(sector as usize + sectors as usize) * 512;
+        let clusters = range.start.next_multiple_of(65536)..range.end / 65536 * 65536;
+        content[if unmap == 1 { range } else { clusters }].fill(0);
+        assert!(guest.read(0, 1 << 20) == content[..1 << 20]);
+    }
+    // What was freed is used again, and holds.
+    let data = pattern(30, 300 << 10);
+    guest.write(5000, &data);
+    content[5000 * 512..5000 * 512 + data.len()].copy_from_slice(&data);
+    assert_eq!(guest.request(FLUSH, 0, &[], 0, 512).0, 0);
+    guest.device.reset();
+    drop(guest);
+    assert!(below(&top) == backing, "a backing file has changed");
+    qemu("qemu-img", &["check", top.to_str().unwrap()]);
+    let flat = folder.path().join("flat.raw");
+    qemu("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", top.to_str().unwrap(), flat.to_str().unwrap()]);
+    assert!(fs::read(&flat).unwrap() == content, "QEMU reads something else");
+}
+
 /// A killed process flushes nothing more: what the guest has flushed is there, and the image is sound.
 #[test]
 fn flushed_data_survives_without_a_proper_end() {
