@@ -351,7 +351,7 @@ impl Channel {
 
     /// Asks the node's vsock device for one of the guest's ports.
     pub fn connect_vsock(&self, port: u32) -> io::Result<UnixStream> {
-        let stream = lab_vmm::guest_clock::connect(&self.vsock_socket(), port)?;
+        let stream = lab_vmm::virtio::vsock::connect(&self.vsock_socket(), port)?;
         stream.set_read_timeout(None)?;
         Ok(stream)
     }

@@ -4,13 +4,12 @@
 
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     thread,
     time::{Duration, SystemTime},
 };
 
-use crate::config::VsockConfig;
+use crate::{config::VsockConfig, virtio::vsock};
 
 /// Time between two times that a guest is told. Images slew their clocks so that what is missing is made up for by then.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -18,32 +17,10 @@ const PERIOD: Duration = Duration::from_secs(60);
 const LIMIT: Duration = Duration::from_secs(10);
 /// How long a line of a guest's may be.
 const LINE_MAX: u64 = 200;
-/// How long the device may take to answer.
-const CONNECT_LIMIT: Duration = Duration::from_secs(30);
-
-/// Connects with one of the guest's vsock ports by the device's socket, and leaves a limit of 30 s to reads.
-///
-/// # Errors
-/// `ConnectionRefused` if nobody listens there yet.
-pub fn connect(socket: &Path, port: u32) -> io::Result<UnixStream> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(CONNECT_LIMIT))?;
-    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
-    let mut answer = Vec::new();
-    let mut byte = [0];
-    while answer.len() < 32 && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        answer.push(byte[0]);
-    }
-    if !answer.starts_with(b"OK ") {
-        let reason = format!("nobody listens on port {port} yet");
-        return Err(io::Error::new(io::ErrorKind::ConnectionRefused, reason));
-    }
-    Ok(stream)
-}
 
 /// Tells the guest the time once.
 pub fn tell(socket: &Path, port: u32, limit: Duration) -> io::Result<()> {
-    let mut stream = connect(socket, port)?;
+    let mut stream = vsock::connect(socket, port)?;
     stream.set_read_timeout(Some(limit.max(Duration::from_secs(1))))?;
     let mut answers = BufReader::new(stream.try_clone()?);
     expect_line(&mut answers)?;

@@ -79,12 +79,7 @@ pub struct Info {
 
 /// Reads an image's header. The backing file need not exist.
 pub fn info(path: &Path) -> Result<Info, Error> {
-    let file = fs::File::open(path).map_err(|source| Error::Io {
-        path: path.to_owned(),
-        action: "open it",
-        source,
-    })?;
-    let header = Header::read(path, &file)?;
+    let (_, header) = header_of(path)?;
     let backing = match &header.backing {
         Some(name) => Some((header::resolve(path, name), header.backing_format(path)?)),
         None => None,
@@ -94,15 +89,20 @@ pub fn info(path: &Path) -> Result<Info, Error> {
 
 /// Checks that all that an image's tables lead to lies within its file. The backing file need not exist.
 pub fn check(path: &Path) -> Result<(), Error> {
+    let (file, header) = header_of(path)?;
+    header.check_length(path, &file)?;
+    // Refcounts of a file that was cut may say that it is whole.
+    header.each_cluster(path, &file, |_| Ok(()))
+}
+
+fn header_of(path: &Path) -> Result<(fs::File, Header), Error> {
     let file = fs::File::open(path).map_err(|source| Error::Io {
         path: path.to_owned(),
         action: "open it",
         source,
     })?;
     let header = Header::read(path, &file)?;
-    header.check_length(path, &file)?;
-    // Refcounts of a file that was cut may say that it is whole.
-    header.each_cluster(path, &file, |_| Ok(()))
+    Ok((file, header))
 }
 
 /// Makes an image of `size_bytes` with nothing in it. An existing file is an error and stays as it is.

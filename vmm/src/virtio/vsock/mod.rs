@@ -2,8 +2,9 @@
 //! sockets: whoever connects to the device's socket and says `CONNECT port\n` reaches that port of the guest, and is
 //! told `OK hostport\n` first; who connects from the guest to port P reaches the socket `{socket}_P`.
 //!
-//! `host` has those sockets, `muxer` sorts packets to connections, `connection` is one of them, `packet` their header.
+//! `client` is who connects on the host; `host` has those sockets, `muxer` sorts packets to connections, `connection` is one of them, `packet` their header.
 
+mod client;
 mod connection;
 mod host;
 mod muxer;
@@ -12,6 +13,8 @@ mod packet;
 mod tests;
 
 use std::{fs, path::PathBuf};
+
+pub use client::connect;
 
 use super::{
     Activation, Error, VirtioDevice, Working,
